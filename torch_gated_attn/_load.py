@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Loads the compiled operators, once per process.
+
+A second copy of the library would end the process inside PyTorch's registration, where Python cannot catch it, so an
+operator that a C++ program or `torch.ops.load_library` has already registered is used as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+_REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source directory"
+
+
+def load() -> None:
+    if hasattr(torch.ops.torch_gated_attn, "gated_attention"):
+        return
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        raise ImportError(_explain(error)) from error
+
+
+def _explain(error: ImportError) -> str:
+    spec = importlib.util.find_spec(f"{__package__}._C")
+    if spec is None or spec.origin is None:
+        return f"torch_gated_attn was not built: its extension module _C is missing; {_REBUILD}"
+    # The library cannot be loaded, so what it was built with is read from the text that it carries for this purpose.
+    built = re.search(rb"torch_gated_attn built with torch ([\w.+]+)", Path(spec.origin).read_bytes())
+    version = built.group(1).decode() if built else "an unknown version"
+    return (
+        f"torch_gated_attn was built with torch {version} and cannot be loaded into torch {torch.__version__} "
+        f"({error}); {_REBUILD}"
+    )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Batching rules: torch.vmap becomes one call of the fused kernel with one more batch dimension, where PyTorch would loop.
+
+The operator takes any number of batch dimensions, so nothing is folded: the mapped dimension moves to the front, and
+what is not mapped is expanded without a copy or left to broadcast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.torch_gated_attn
+
+
+def _lead(tensor: Tensor | None, dim: int | None, batch: int, rank: int) -> Tensor | None:
+    """[batch, 1, ..., 1, *shape] of rank `rank`: right-aligned broadcasting then meets the mapped dimension."""
+    if tensor is None:
+        return None
+    front = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return front[(slice(None),) + (None,) * (rank - front.dim())]
+
+
+def _forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    query, key, value, gate, bias, mask, scale, masked_rows = args
+    batch, rank = info.batch_size, query.dim() + (in_dims[0] is None)
+    query, key, value = (_lead(x, d, batch, rank) for x, d in zip((query, key, value), in_dims, strict=False))
+    gate, bias, mask = (
+        x if d is None else _lead(x, d, batch, rank) for x, d in zip((gate, bias, mask), in_dims[3:], strict=False)
+    )
+    return _ops._gated_attention_forward(query, key, value, gate, bias, mask, scale, masked_rows), (0, 0, 0, 0)
+
+
+def _backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    tensors, (scale, masked_rows, grad_mask) = args[:11], args[11:]
+    query = tensors[2]
+    batch, rank = info.batch_size, query.dim() + (in_dims[2] is None)
+    lead = []
+    for i, (x, d) in enumerate(zip(tensors, in_dims, strict=False)):
+        rows = i in (1, 9, 10)  # grad_lse, row_max, row_sum have no last dimension
+        lead.append(_lead(x, d, batch, rank - rows))
+    grads = _ops._gated_attention_backward(*lead, scale, masked_rows, grad_mask)
+    # A gradient has its input's shape: the dimensions that _lead put in for alignment go again.
+    inputs = [x if d is None or x is None else x.movedim(d, 0)[0] for x, d in zip(tensors[2:7], in_dims[2:7], strict=True)]
+    shaped = tuple(g if g is None else g.reshape(batch, *x.shape) for g, x in zip(grads, inputs, strict=True))
+    return shaped, tuple(None if g is None else 0 for g in shaped)
+
+
+def register() -> None:
+    """Register both rules; called once, when the package is imported."""
+    torch.library.register_vmap("torch_gated_attn::_gated_attention_forward", _forward)
+    torch.library.register_vmap("torch_gated_attn::_gated_attention_backward", _backward)
