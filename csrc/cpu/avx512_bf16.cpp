@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels for: AVX-512 with BF16.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+// immintrin.h of GCC 12 builds unused operands from an uninitialised variable.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define TGA_AVX512
+#define TGA_AVX512_BF16
+namespace torch_gated_attn {
+namespace isa_avx512_bf16 {
+#include "kernels_impl.h"
+}  // namespace isa_avx512_bf16
+const CpuKernels kKernelsAvx512Bf16 = {"avx512_bf16",
+                                   isa_avx512_bf16::block,
+                                   isa_avx512_bf16::forward_scratch,
+                                   isa_avx512_bf16::forward,
+                                   isa_avx512_bf16::backward_scratch,
+                                   isa_avx512_bf16::backward};
+}  // namespace torch_gated_attn
+#endif

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The loops around BackwardBlock: preparing the lanes of a row, and storing what it accumulated.
+
+template <class T, class A, int NQ>
+class BackwardUnit {
+ public:
+  static constexpr int W = kLanes<A>, kBlock = NQ * W;
+
+  BackwardUnit(const Problem& p, int max_lanes, int64_t rows, Carver& c)
+      : p_(p),
+        head_dim_(static_cast<int>(p.head_dim)),
+        value_dim_(static_cast<int>(p.value_dim)),
+        queries_(p.heads / p.kv_heads * p.q_len),
+        max_lanes_(max_lanes),
+        k_stride_(row_stride<A>(p.head_dim)),
+        v_stride_(row_stride<A>(p.value_dim)),
+        table_(p, kBlock, max_lanes, c),
+        keys_(p, c) {
+    const int64_t padded_keys = p.k_len + kMicroKeys;
+    d_k_stride_ = padded_keys * k_stride_;
+    d_v_stride_ = padded_keys * v_stride_;
+    // With a table the rows are the inner loop, so each row keeps its accumulators over the super-blocks.
+    const int64_t slots = table_.shared && queries_ > max_lanes ? rows : 1;
+    d_table_ = c.take<A>(p.d_bias.data ? max_lanes / kBlock * table_.stride : 0);
+    d_k_ = c.take<A>(p.d_key.data ? slots * d_k_stride_ : 0);
+    d_v_ = c.take<A>(p.d_value.data ? slots * d_v_stride_ : 0);
+    d_mean_ = c.take<A>(slots * p.value_dim);
+    q_ = c.take<A>(max_lanes * p.head_dim);
+    d_o_ = c.take<A>(max_lanes * p.value_dim);
+    d_q_ = c.take<A>(p.d_query.data ? max_lanes * p.head_dim : 0);
+    q_rows_ = c.take<A>(max_lanes * k_stride_);
+    d_o_rows_ = c.take<A>(max_lanes * v_stride_);
+    shift_ = c.take<A>(max_lanes);
+    minus_delta_ = c.take<A>(max_lanes);
+    plain_rows_ = c.take<A>((kBlock + 1) * (k_stride_ > v_stride_ ? k_stride_ : v_stride_));
+    probs_ = c.take<A>(kTileKeys * kBlock);
+    d_scores_ = c.take<A>(kTileKeys * kBlock);
+  }
+
+  void run(const BackwardUnitOfWork& w) {
+    head_ = w.kv_head * (p_.heads / p_.kv_heads);
+    const Offsets shared(p_, w.outer * p_.rows);
+    if (!table_.shared) {
+      build_table<T>(table_, p_, shared, head_, lanes_);
+      for (int64_t r = w.row_begin; r < w.row_end; ++r)
+        for (int64_t first = 0; first < queries_; first += max_lanes_) {
+          lanes_.fill(first, min(first + max_lanes_, queries_), p_.q_len, kBlock);
+          run_row(w, r, first, 0);
+        }
+      return;
+    }
+    for (int64_t first = 0; first < queries_; first += max_lanes_) {
+      lanes_.fill(first, min(first + max_lanes_, queries_), p_.q_len, kBlock);
+      build_table<T>(table_, p_, shared, head_, lanes_);
+      if (p_.d_bias.data) __builtin_memset(d_table_, 0, sizeof(A) * lanes_.padded / kBlock * table_.stride);
+      for (int64_t r = w.row_begin; r < w.row_end; ++r)
+        run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);
+      if (p_.d_bias.data) store_d_bias(w);
+    }
+  }
+
+ private:
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  void run_row(const BackwardUnitOfWork& w, int64_t r, int64_t first_query, int64_t slot) {
+    const Offsets batch(p_, w.outer * p_.rows + r);
+    const bool first = first_query == 0, last = first_query + max_lanes_ >= queries_;
+    const uint8_t* mask = at<const uint8_t>(p_.mask, batch.mask, head_);
+    keys_.list(p_, table_.key_mask ? mask : nullptr, at<const T>(p_.key, batch.key, w.kv_head),
+               at<const T>(p_.value, batch.value, w.kv_head), table_.shared);
+    A* d_k = p_.d_key.data ? d_k_ + slot * d_k_stride_ : nullptr;
+    A* d_v = p_.d_value.data ? d_v_ + slot * d_v_stride_ : nullptr;
+    A* d_mean = d_mean_ + slot * value_dim_;
+    if (first) {
+      if (d_k) __builtin_memset(d_k, 0, sizeof(A) * keys_.padded * k_stride_);
+      if (d_v) __builtin_memset(d_v, 0, sizeof(A) * keys_.padded * v_stride_);
+      __builtin_memset(d_mean, 0, sizeof(A) * value_dim_);
+    }
+    for (int u = 0; u < lanes_.padded; u += W) prepare_lanes(batch, first_query, u, d_mean);
+    for (int s = 0; s < lanes_.padded; s += kBlock) prepare_block(batch, s);
+    if (p_.d_query.data) __builtin_memset(d_q_, 0, sizeof(A) * lanes_.padded * head_dim_);
+
+    Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
+    if (r + 1 < w.row_end) prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
+    for (int key = 0; key < keys_.padded; key += kTileKeys) {
+      const int count = keys_.padded - key < kTileKeys ? keys_.padded - key : kTileKeys;
+      for (int s = 0; s < lanes_.padded / kBlock; ++s) {
+        prefetch.step();
+        const LogitTile<A> logits = table_.logits(s, keys_.table_row + key, keys_.key + key, mask, lanes_, count, keys_.count - key);
+        block(s).add_keys(keys_.k + key, keys_.v + key, logits, keys_.table_row + key, count, d_k ? d_k + key * k_stride_ : nullptr,
+                          d_v ? d_v + key * v_stride_ : nullptr);
+      }
+    }
+    if (p_.d_query.data) {
+      for (int u = 0; u < lanes_.count; u += W)
+        store_transposed<T, A>(d_q_ + u / kBlock * kBlock * head_dim_ + u % kBlock, kBlock, head_dim_,
+                               set1<A>(static_cast<A>(p_.scale)), at<T>(p_.d_query, batch.d_query, head_), p_.d_query,
+                               lanes_.lane + u, lanes_.count - u);
+    }
+    if (!last) return;
+    if (d_k) store_rows(d_k, k_stride_, head_dim_, nullptr, at<T>(p_.d_key, batch.d_key, w.kv_head), p_.d_key);
+    if (d_v) store_rows(d_v, v_stride_, value_dim_, p_.mean_rows ? d_mean : nullptr, at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
+  }
+
+  BackwardBlock<A, NQ> block(int s) const {
+    const int lanes = lanes_.count - s * kBlock;
+    return {q_ + s * kBlock * head_dim_,
+            d_o_ + s * kBlock * value_dim_,
+            q_rows_ + s * kBlock * k_stride_,
+            d_o_rows_ + s * kBlock * v_stride_,
+            shift_ + s * kBlock,
+            minus_delta_ + s * kBlock,
+            p_.d_query.data ? d_q_ + s * kBlock * head_dim_ : nullptr,
+            p_.d_bias.data ? d_table_ + s * table_.stride : nullptr,
+            probs_,
+            d_scores_,
+            head_dim_,
+            value_dim_,
+            lanes < kBlock ? lanes : kBlock,
+            k_stride_,
+            v_stride_};
+  }
+
+  void prefetch_row(Prefetch& prefetch, const Offsets& next, int64_t kv_head) const {
+    prefetch.keys(at<const T>(p_.key, next.key, kv_head), p_.key, p_.k_len, p_.head_dim);
+    prefetch.keys(at<const T>(p_.value, next.value, kv_head), p_.value, p_.k_len, p_.value_dim);
+    prefetch.lanes(at<const T>(p_.query, next.query, head_), p_.query, lanes_, p_.head_dim);
+    prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
+    prefetch.lanes(at<const T>(p_.out, next.out, head_), p_.out, lanes_, p_.value_dim);
+    prefetch.lanes(at<const T>(p_.grad_out, next.grad_out, head_), p_.grad_out, lanes_, p_.value_dim);
+  }
+
+  // For the W lanes from lane u: shift, -delta and the rows of dO (into d_o_rows_, plain layout), and d_gate, which is final.
+  void prepare_lanes(const Offsets& batch, int64_t first_query, int u, A* d_mean) {
+    const A* row_max = at<const A>(p_.row_max, batch.row_max, head_) + first_query;
+    const A* row_sum = at<const A>(p_.row_sum, batch.row_sum, head_) + first_query;
+    const T* gate = at<const T>(p_.gate, batch.gate, head_);
+    const T* out = at<const T>(p_.out, batch.out, head_);
+    const T* grad_out = at<const T>(p_.grad_out, batch.grad_out, head_);
+    const A* grad_lse = at<const A>(p_.grad_lse, batch.grad_lse, head_);
+    T* d_gate = at<T>(p_.d_gate, batch.d_gate, head_);
+    for (int i = u; i < u + W; ++i) {
+      const int existing = i < lanes_.count ? i : lanes_.count - 1;
+      A* row = d_o_rows_ + i * v_stride_;
+      shift_[i] = row_max[existing];
+      minus_delta_[i] = 0;
+      // A tail lane contributes nothing; nor does a row with no attended key, whose delta may be infinite.
+      const A sum = row_sum[existing];
+      const A r = i < lanes_.count && sum != 0 ? 1 / sum : 0;
+      const bool mean = p_.mean_rows && sum == 0;
+      Vec<A> delta{}, d_gate_sum{};
+      for (int d = 0; d < value_dim_; d += W) {
+        if (i >= lanes_.count) {
+          store(row + d, Vec<A>{});
+          continue;
+        }
+        const Lane lane = lanes_.lane[i];
+        const int n = value_dim_ - d < W ? value_dim_ - d : W;
+        const Vec<A> dy = grad_out ? load_n(grad_out + lane.offset(p_.grad_out) + d, n) : Vec<A>{};
+        const Vec<A> dyy = dy * load_n(out + lane.offset(p_.out) + d, n);
+        Vec<A> d_o = dy;
+        if (gate) {
+          const Sigmoid<A> g = sigmoid<A>(load_gate<T, A>(gate + lane.offset(p_.gate), p_.gate, d, n));
+          d_o *= g.value;
+          if (d_gate && p_.d_gate.col != 0)
+            store_n(d_gate + lane.offset(p_.d_gate) + d, dyy * g.complement, n);
+          else
+            d_gate_sum += dyy * g.complement;
+        }
+        delta += dyy;
+        store(row + d, d_o * set1<A>(r));
+        if (mean)
+          for (int e = 0; e < n; ++e) d_mean[d + e] += d_o[e] / static_cast<A>(p_.k_len);
+      }
+      if (i >= lanes_.count) continue;
+      if (d_gate && p_.d_gate.col == 0)
+        store_n(d_gate + lanes_.lane[i].offset(p_.d_gate), set1<A>(sum_lanes(d_gate_sum)), 1);
+      const A d_lse = grad_lse ? grad_lse[lanes_.lane[i].offset(p_.grad_lse)] : 0;
+      if (r != 0) minus_delta_[i] = r * (d_lse - sum_lanes(delta));
+    }
+  }
+
+  // Transposed copies, and the row-major operands of the key and value gradients, of one sub-block.
+  void prepare_block(const Offsets& batch, int s) {
+    const T* query = at<const T>(p_.query, batch.query, head_);
+    const Lane* lane = lanes_.lane + s;
+    A *q = q_ + s * head_dim_, *d_o = d_o_ + s * value_dim_, *q_rows = q_rows_ + s * k_stride_, *d_o_rows = d_o_rows_ + s * v_stride_;
+    const View rows{nullptr, {}, 0, v_stride_, 1};
+    Lane numbered[kBlock];
+    for (int i = 0; i < kBlock; ++i) numbered[i] = {0, i};
+    for (int u = 0; u < kBlock; u += W) {
+      transpose_rows<T, A>(query, p_.query, lane + u, head_dim_, static_cast<A>(p_.scale * kLog2E), q + u, kBlock);
+      transpose_rows<A, A>(d_o_rows, rows, numbered + u, value_dim_, 1, d_o + u, kBlock);
+    }
+    if (interleaved<A>(value_dim_)) interleave_rows(d_o_rows, v_stride_);
+    for (int i = 0; i < kBlock; ++i)
+      for (int d = 0; d < head_dim_; d += W) {
+        const int n = head_dim_ - d < W ? head_dim_ - d : W;
+        store(q_rows + i * k_stride_ + d, load_n(query + lane[i].offset(p_.query) + d, n) * set1<A>(static_cast<A>(p_.scale)));
+      }
+    if (interleaved<A>(head_dim_)) interleave_rows(q_rows, k_stride_);
+  }
+
+  // Rows i and i + 1, alternating element by element, in the place of both (two rows of half the stride).
+  void interleave_rows(A* rows, int64_t stride) {
+    __builtin_memcpy(plain_rows_, rows, sizeof(A) * kBlock * stride);
+    for (int i = 0; i < kBlock; i += 2) {
+      const A *a = plain_rows_ + i * stride, *b = a + stride;
+      A* dst = rows + i / 2 * stride;
+      for (int64_t d = 0; d < stride / 2; ++d) dst[2 * d] = a[d], dst[2 * d + 1] = b[d];
+    }
+  }
+
+  // Accumulated rows of the listed keys, to d_key or d_value; keys that are not listed get `mean` (or 0).
+  void store_rows(A* acc, int64_t stride, int dim, const A* mean, T* base, const View& v) const {
+    if (interleaved<A>(dim)) {
+      for (int i = 0; i < keys_.count; ++i)
+        for (int64_t d = 0; d < stride / 2; ++d) acc[i * stride + d] = acc[i * stride + 2 * d] + acc[i * stride + 2 * d + 1];
+    }
+    for (int64_t key = 0, i = 0; key < p_.k_len; ++key) {
+      const bool listed = i < keys_.count && keys_.key[i] == key;
+      for (int d = 0; d < dim; d += W) {
+        const int n = dim - d < W ? dim - d : W;
+        Vec<A> x = listed ? load(acc + i * stride + d) : Vec<A>{};
+        if (mean) x += load_n(mean + d, n);
+        store_n(base + key * v.row + d, x, n);
+      }
+      i += listed;
+    }
+  }
+
+  // Transposes d_table_ into this unit's slice of d_bias. Lanes that share an element (a bias broadcast over queries, keys or
+  // the heads of a group) are added in order; the launcher has zeroed the slice then.
+  void store_d_bias(const BackwardUnitOfWork& w) const {
+    const Offsets batch(p_, w.outer * p_.rows);
+    A* base = at<A>(p_.d_bias, batch.d_bias, head_) + w.partial;
+    const bool add = !d_bias_is_stored(p_);
+    for (int u = 0; u < lanes_.count; u += W) {
+      const A* t = d_table_ + u / kBlock * table_.stride + u % kBlock;
+      for (int64_t k = 0; k < p_.k_len; k += W) {
+        const int n = static_cast<int>(min(p_.k_len - k, W));
+        Vec<A> r[W];
+        TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = i < n ? load(t + (k + i) * kBlock) : Vec<A>{};
+        transpose<A>(r);
+        for (int i = 0; i < W && u + i < lanes_.count; ++i) {
+          A* dst = base + lanes_.lane[u + i].offset(p_.d_bias);
+          if (p_.d_bias.col == 0)
+            *dst += sum_lanes(r[i]);
+          else
+            store_n(dst + k, add ? load_n(dst + k, n) + r[i] : r[i], n);
+        }
+      }
+    }
+  }
+
+  const Problem& p_;
+  const int head_dim_, value_dim_;
+  const int64_t queries_;  // of a key/value head
+  const int max_lanes_;
+  const int64_t k_stride_, v_stride_;
+  int64_t d_k_stride_, d_v_stride_;  // between slots
+  int64_t head_ = 0;
+  Lanes lanes_;
+  Table<A> table_;
+  Keys<T, A> keys_;
+  A* d_table_;            // as table_.data
+  A *d_k_, *d_v_;         // [slot][k_len, padded][stride]
+  A* d_mean_;             // [slot][value_dim]: what fully masked rows give every value
+  A *q_, *d_o_, *d_q_;    // [sub-block][dimension][kBlock]
+  A *q_rows_, *d_o_rows_;  // [lane][stride]
+  A *shift_, *minus_delta_;  // [lane]
+  A* plain_rows_;         // [kBlock][stride]
+  A *probs_, *d_scores_;  // [kTileKeys][kBlock]
+};

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace torch_gated_attn {
+namespace {
+
+constexpr const char* kVariable = "TORCH_GATED_ATTN_CPU_CAPABILITY";
+
+const CpuKernels& choose() {
+  // From the lowest to the highest; a machine that lacks one lacks those after it.
+  const CpuKernels* sets[4] = {&kKernelsDefault};
+  const char* names[] = {"default", "avx2", "avx512", "avx512_bf16"};
+  int supported = 1;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  sets[1] = &kKernelsAvx2, sets[2] = &kKernelsAvx512, sets[3] = &kKernelsAvx512Bf16;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    supported = 2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      supported = __builtin_cpu_supports("avx512bf16") ? 4 : 3;
+  }
+#endif
+  int wanted = 3;
+  if (const char* name = std::getenv(kVariable)) {
+    wanted = 0;
+    while (wanted < 4 && std::strcmp(name, names[wanted]) != 0) ++wanted;
+    if (wanted == 4)
+      throw std::runtime_error(std::string(kVariable) + " must be default, avx2, avx512 or avx512_bf16, but is '" + name + "'");
+  }
+  return *sets[wanted < supported ? wanted : supported - 1];
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& kernels = choose();
+  return kernels;
+}
+
+const char* cpu_capability() { return cpu_kernels().name; }
+
+}  // namespace torch_gated_attn

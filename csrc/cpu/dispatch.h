@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The instruction set of this process: the best the machine has, or a lower one that the environment variable
+// TORCH_GATED_ATTN_CPU_CAPABILITY names (default, avx2, avx512, avx512_bf16).
+#pragma once
+
+#include "kernels.h"
+
+namespace torch_gated_attn {
+
+const CpuKernels& cpu_kernels();  // std::runtime_error for an unknown name
+const char* cpu_capability();     // its name
+
+}  // namespace torch_gated_attn

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Forward kernel. One unit of work is (outer batch index, key/value head, super-block of queries, range of rows): the logit
+// table of its queries is built once and used by every row. S^T, P^T and O^T have a lane per query, so that the softmax
+// needs no horizontal operation, keys and values are read as broadcasts from where they are, and no dimension is padded.
+// Reads q, k, v once per super-block and the gate once; writes out, lse, row_max, row_sum once.
+
+// Accumulators of one sub-block of queries.
+template <class A, int NQ>
+struct ForwardBlock {
+  static constexpr int W = kLanes<A>, kBlock = NQ * W;
+  // The running maximum is raised only when a logit exceeds it by this much (log2 units): p <= 2^10 is as precise and as
+  // far from overflow, and rescaling the accumulator becomes rare.
+  static constexpr int kHeadroom = 10;
+
+  const A* q;  // [head_dim][kBlock], times scale * log2(e)
+  A* o;        // [value_dim][kBlock]
+  A* sum;      // [kBlock]
+  A* shift;    // [kBlock], log2 units
+  A* scores;   // [kTileKeys][kBlock]
+  int head_dim, value_dim;
+
+  __attribute__((noinline, cold)) void rescale(const Vec<A>* highest) const {
+    for (int u = 0; u < NQ; ++u) {
+      const Vec<A> before = load(shift + u * W), after = max(before, highest[u]);
+      const Vec<A> factor = exp2<A>(before - after);
+      store(shift + u * W, after);
+      store(sum + u * W, load(sum + u * W) * factor);
+      for (int d = 0; d < value_dim; ++d) store(o + d * kBlock + u * W, load(o + d * kBlock + u * W) * factor);
+    }
+  }
+
+  // Adds `count` keys: a multiple of kMicroKeys, at most kTileKeys.
+  void add_keys(const A* const* k, const A* const* v, const A* table, const int32_t* table_row, int count) const {
+    Vec<A> highest[NQ];
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) highest[u] = set1<A>(kLowest<A>);
+    for (int i = 0; i < count; i += kMicroKeys) {
+      Vec<A> s[kMicroKeys][NQ];
+      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
+        TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] = load(table + static_cast<int64_t>(table_row[i + j]) * kBlock + u * W);
+      add_dot<A, NQ>(s, k + i, q, head_dim);
+      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
+        TGA_UNROLL for (int u = 0; u < NQ; ++u) {
+          highest[u] = max(s[j][u], highest[u]);
+          store(scores + (i + j) * kBlock + u * W, s[j][u]);
+        }
+    }
+    bool raise = false;
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) raise |= any_greater(highest[u], load(shift + u * W) + set1<A>(kHeadroom));
+    if (__builtin_expect(raise, 0)) rescale(highest);
+
+    Vec<A> m[NQ], l[NQ];
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W), l[u] = load(sum + u * W);
+    for (int i = 0; i < count; i += kMicroKeys) {
+      Vec<A> p[kMicroKeys][NQ];
+      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
+        TGA_UNROLL for (int u = 0; u < NQ; ++u) {
+          p[j][u] = exp2<A>(load(scores + (i + j) * kBlock + u * W) - m[u]);
+          l[u] += p[j][u];
+        }
+      add_outer<A, NQ>(o, p, v + i, value_dim);
+    }
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, l[u]);
+  }
+};
+
+template <class T, class A, int NQ>
+class ForwardUnit {
+ public:
+  static constexpr int W = kLanes<A>, kBlock = NQ * W;
+
+  ForwardUnit(const Problem& p, int max_lanes, Carver& c)
+      : p_(p),
+        head_dim_(static_cast<int>(p.head_dim)),
+        value_dim_(static_cast<int>(p.value_dim)),
+        table_(p, kBlock, max_lanes, c),
+        keys_(p, c),
+        q_(c.take<A>(max_lanes * p.head_dim)),
+        o_(c.take<A>(max_lanes * p.value_dim)),
+        sum_(c.take<A>(max_lanes)),
+        shift_(c.take<A>(max_lanes)),
+        scores_(c.take<A>(kTileKeys * kBlock)),
+        mean_(c.take<A>(p.value_dim)) {}
+
+  void run(const ForwardUnitOfWork& w) {
+    head_ = w.kv_head * (p_.heads / p_.kv_heads);
+    lanes_.fill(w.first_query, w.end_query, p_.q_len, kBlock);
+    const Offsets shared(p_, w.outer * p_.rows);
+    build_table<T>(table_, p_, shared, head_, lanes_);
+    for (int64_t r = w.row_begin; r < w.row_end; ++r) {
+      const bool last = r + 1 == w.row_end;
+      run_row(w, Offsets(p_, w.outer * p_.rows + r), Offsets(p_, w.outer * p_.rows + (last ? r : r + 1)), last);
+    }
+  }
+
+ private:
+  void run_row(const ForwardUnitOfWork& w, const Offsets& batch, const Offsets& next, bool last) {
+    const T* query = at<const T>(p_.query, batch.query, head_);
+    const uint8_t* mask = at<const uint8_t>(p_.mask, batch.mask, head_);
+    keys_.list(p_, table_.key_mask ? mask : nullptr, at<const T>(p_.key, batch.key, w.kv_head),
+               at<const T>(p_.value, batch.value, w.kv_head), table_.shared);
+    for (int u = 0; u < lanes_.padded; u += W) {
+      const int s = u / kBlock;
+      transpose_rows<T, A>(query, p_.query, lanes_.lane + u, head_dim_, static_cast<A>(p_.scale * kLog2E),
+                           q_ + s * kBlock * head_dim_ + u % kBlock, kBlock);
+      store(sum_ + u, Vec<A>{});
+      store(shift_ + u, set1<A>(kLowest<A>));
+    }
+    __builtin_memset(o_, 0, sizeof(A) * lanes_.padded * value_dim_);
+
+    Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
+    if (!last) {
+      prefetch.keys(at<const T>(p_.key, next.key, w.kv_head), p_.key, p_.k_len, p_.head_dim);
+      prefetch.keys(at<const T>(p_.value, next.value, w.kv_head), p_.value, p_.k_len, p_.value_dim);
+      prefetch.lanes(at<const T>(p_.query, next.query, head_), p_.query, lanes_, p_.head_dim);
+      prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
+    }
+    for (int first = 0; first < keys_.padded; first += kTileKeys) {
+      const int count = keys_.padded - first < kTileKeys ? keys_.padded - first : kTileKeys;
+      for (int s = 0; s < lanes_.padded / kBlock; ++s) {
+        prefetch.step();
+        const LogitTile<A> logits = table_.logits(s, keys_.table_row + first, keys_.key + first, mask, lanes_, count, keys_.count - first);
+        block(s).add_keys(keys_.k + first, keys_.v + first, logits.data, logits.row, count);
+      }
+    }
+    for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
+  }
+
+  ForwardBlock<A, NQ> block(int s) const {
+    return {q_ + s * kBlock * head_dim_, o_ + s * kBlock * value_dim_, sum_ + s * kBlock, shift_ + s * kBlock, scores_,
+            head_dim_,                   value_dim_};
+  }
+
+  // Normalises, gates and stores the W lanes from lane u.
+  void finish(const ForwardUnitOfWork& w, const Offsets& batch, int u) {
+    const int n = lanes_.count - u < W ? lanes_.count - u : W;
+    const Lane* lane = lanes_.lane + u;
+    A* o = o_ + u / kBlock * kBlock * value_dim_ + u % kBlock;
+    const Vec<A> l = load(sum_ + u), m = load(shift_ + u), one = set1<A>(1);
+    const auto dead = l == Vec<A>{};  // no key attended
+    const Vec<A> lse = (m + log2<A>(l)) * set1<A>(static_cast<A>(kLn2));
+    const int64_t at_lane = w.first_query + u;
+    store_n(at<A>(p_.lse, batch.lse, head_) + at_lane, dead ? set1<A>(-kInf<A>) : lse, n);
+    store_n(at<A>(p_.row_max, batch.row_max, head_) + at_lane, m, n);
+    store_n(at<A>(p_.row_sum, batch.row_sum, head_) + at_lane, l, n);
+
+    Vec<A> factor = dead ? Vec<A>{} : one / l;
+    if (p_.mean_rows) {
+      for (int i = 0; i < n; ++i) {
+        if (!dead[i]) continue;
+        mean_of_values(at<const T>(p_.value, batch.value, w.kv_head));
+        for (int d = 0; d < value_dim_; ++d) o[d * kBlock + i] = mean_[d];
+        factor[i] = 1;
+      }
+    }
+    T* out = at<T>(p_.out, batch.out, head_);
+    const T* gate = at<const T>(p_.gate, batch.gate, head_);
+    for (int d = 0; d < value_dim_; d += W) {
+      const int dims = value_dim_ - d < W ? value_dim_ - d : W;
+      Vec<A> r[W];
+      TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = i < dims ? load(o + (d + i) * kBlock) * factor : Vec<A>{};
+      transpose<A>(r);
+      for (int i = 0; i < n; ++i) {
+        Vec<A> x = r[i];
+        if (gate) x *= sigmoid<A>(load_gate<T, A>(gate + lane[i].offset(p_.gate), p_.gate, d, dims)).value;
+        store_n(out + lane[i].offset(p_.out) + d, x, dims);
+      }
+    }
+  }
+
+  // Over all keys, attended or not: what a softmax over equal logits gives.
+  __attribute__((noinline, cold)) void mean_of_values(const T* value) {
+    for (int d = 0; d < value_dim_; ++d) mean_[d] = 0;
+    for (int64_t k = 0; k < p_.k_len; ++k)
+      for (int d = 0; d < value_dim_; ++d) mean_[d] += load_one(value + k * p_.value.row + d);
+    for (int d = 0; d < value_dim_; ++d) mean_[d] /= static_cast<A>(p_.k_len);
+  }
+
+  const Problem& p_;
+  const int head_dim_, value_dim_;
+  int64_t head_ = 0;  // first head of the group
+  Lanes lanes_;
+  Table<A> table_;
+  Keys<T, A> keys_;
+  A *q_, *o_;         // [sub-block][dimension][kBlock]
+  A *sum_, *shift_;   // [lane]
+  A* scores_;         // [kTileKeys][kBlock]
+  A* mean_;           // [value_dim]
+};

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The kernels of one instruction set: included by its .cpp after the target pragma, inside its namespace.
+
+#include "simd.h"
+#include "element.h"
+#include "vector_math.h"
+#include "scratch.h"
+#include "micro.h"
+#include "lanes.h"
+#include "prefetch.h"
+#include "keys.h"
+#include "table.h"
+#include "forward.h"
+#include "backward.h"
+#include "backward_unit.h"
+
+// Two vectors of queries per sub-block; one where the call has no more queries than that.
+template <class A, class F>
+static inline auto with_block(const Problem& p, F f) {
+  if (p.heads / p.kv_heads * p.q_len <= kLanes<A>) return f(std::integral_constant<int, 1>{});
+  return f(std::integral_constant<int, 2>{});
+}
+template <class F>
+static inline auto with_types(const Problem& p, F f) {
+  const auto with = [&](auto element, auto arithmetic) {
+    return with_block<decltype(arithmetic)>(p, [&](auto block) { return f(element, arithmetic, block); });
+  };
+  switch (p.dtype) {
+    case DType::kFloat64: return with(double{}, double{});
+    case DType::kBFloat16: return with(BFloat16{}, float{});
+    case DType::kFloat16: return with(Float16{}, float{});
+    default: return with(float{}, float{});
+  }
+}
+
+static int block(const Problem& p) {
+  return with_types(p, [](auto, auto a, auto nq) { return kLanes<decltype(a)> * nq.value; });
+}
+static int64_t forward_scratch(const Problem& p, int max_lanes) {
+  return with_types(p, [&](auto t, auto a, auto nq) {
+    Carver c(nullptr);
+    ForwardUnit<decltype(t), decltype(a), nq.value> unit(p, max_lanes, c);
+    return c.used();
+  });
+}
+static void forward(const Problem& p, const ForwardUnitOfWork& work, int max_lanes, char* scratch) {
+  with_types(p, [&](auto t, auto a, auto nq) {
+    Carver c(scratch);
+    ForwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, c).run(work);
+  });
+}
+static int64_t backward_scratch(const Problem& p, int max_lanes, int64_t rows) {
+  return with_types(p, [&](auto t, auto a, auto nq) {
+    Carver c(nullptr);
+    BackwardUnit<decltype(t), decltype(a), nq.value> unit(p, max_lanes, rows, c);
+    return c.used();
+  });
+}
+static void backward(const Problem& p, const BackwardUnitOfWork& work, int max_lanes, int64_t rows, char* scratch) {
+  with_types(p, [&](auto t, auto a, auto nq) {
+    Carver c(scratch);
+    BackwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, rows, c).run(work);
+  });
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The three products, register-blocked. Layouts: a transposed tile is [dimension or key][block], a lane per query; key,
+// value and accumulator rows have their dimensions contiguous.
+
+#if defined(TGA_AVX512)
+constexpr int kMicroKeys = 8;  // 8 keys x 2 vectors = 16 accumulators of 32 registers
+#else
+constexpr int kMicroKeys = 4;  // 4 keys x 2 vectors = 8 accumulators of 16 registers
+#endif
+
+// s[j][lane] += sum_d rows[j][d] * lanes[d][lane]
+template <class A, int NQ>
+TGA_INLINE void add_dot(Vec<A> (&s)[kMicroKeys][NQ], const A* const* rows, const A* lanes, int dim) {
+  constexpr int W = kLanes<A>;
+  const A* r[kMicroKeys];
+  TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) r[j] = rows[j];
+  _Pragma("GCC unroll 4") for (int64_t d = 0; d < dim; ++d) {
+    Vec<A> x[NQ];
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) x[u] = load(lanes + (d * NQ + u) * W);
+    TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) {
+      const Vec<A> b = set1<A>(r[j][d]);
+      TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] = fma(b, x[u], s[j][u]);
+    }
+  }
+}
+
+// acc[d][lane] += sum_j rows[j][d] * p[j][lane]. DU dimensions at once give DU * NQ independent chains.
+template <class A, int NQ, int DU>
+TGA_INLINE void add_outer_step(A* acc, const Vec<A> (&p)[kMicroKeys][NQ], const A* const (&r)[kMicroKeys], int64_t d) {
+  constexpr int W = kLanes<A>;
+  Vec<A> x[DU][NQ];
+  TGA_UNROLL for (int e = 0; e < DU; ++e)
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) x[e][u] = load(acc + ((d + e) * NQ + u) * W);
+  TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
+    TGA_UNROLL for (int e = 0; e < DU; ++e) {
+      const Vec<A> b = set1<A>(r[j][d + e]);
+      TGA_UNROLL for (int u = 0; u < NQ; ++u) x[e][u] = fma(b, p[j][u], x[e][u]);
+    }
+  TGA_UNROLL for (int e = 0; e < DU; ++e)
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) store(acc + ((d + e) * NQ + u) * W, x[e][u]);
+}
+template <class A, int NQ>
+TGA_INLINE void add_outer(A* acc, const Vec<A> (&p)[kMicroKeys][NQ], const A* const* rows, int dim) {
+  const A* r[kMicroKeys];
+  TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) r[j] = rows[j];
+  int64_t d = 0;
+  for (; d + 2 <= dim; d += 2) add_outer_step<A, NQ, 2>(acc, p, r, d);
+  if (d < dim) add_outer_step<A, NQ, 1>(acc, p, r, d);
+}
+
+// Row-major products, for the gradients of key and value: acc[j][:] += sum_lane tile[j][lane] * rows[lane][:].
+//
+// With INTERLEAVE = 2 a vector holds half as many dimensions of two neighbouring lanes, alternating, so that a small
+// head_dim fills it; the pairs of the accumulator are added at the end (fold_pairs).
+template <class A, int INTERLEAVE>
+TGA_INLINE Vec<A> broadcast_lanes(const A* p) {
+  if constexpr (INTERLEAVE == 1) return set1<A>(*p);
+  double pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return (Vec<A>)set1<double>(pair);
+}
+template <class A, int INTERLEAVE, int NV, int JB>
+TGA_INLINE void add_rows_step(A* acc, const A* tile, int block, const A* rows, int lanes, int64_t stride) {
+  constexpr int W = kLanes<A>;
+  Vec<A> c[JB][NV];
+  TGA_UNROLL for (int j = 0; j < JB; ++j)
+    TGA_UNROLL for (int n = 0; n < NV; ++n) c[j][n] = load(acc + j * stride + n * W);
+  _Pragma("GCC unroll 2") for (int64_t i = 0; i < lanes; i += INTERLEAVE) {
+    Vec<A> x[NV];
+    TGA_UNROLL for (int n = 0; n < NV; ++n) x[n] = load(rows + i / INTERLEAVE * stride + n * W);
+    TGA_UNROLL for (int j = 0; j < JB; ++j) {
+      const Vec<A> b = broadcast_lanes<A, INTERLEAVE>(tile + j * block + i);
+      TGA_UNROLL for (int n = 0; n < NV; ++n) c[j][n] = fma(b, x[n], c[j][n]);
+    }
+  }
+  TGA_UNROLL for (int j = 0; j < JB; ++j)
+    TGA_UNROLL for (int n = 0; n < NV; ++n) store(acc + j * stride + n * W, c[j][n]);
+}
+
+// One strip of NV vectors for all `count` keys (a multiple of kMicroKeys).
+template <class A, int INTERLEAVE, int NV>
+TGA_INLINE void add_rows_strip(A* acc, const A* tile, int block, const A* rows, int count, int lanes, int64_t stride) {
+#if defined(TGA_AVX512)
+  constexpr int JB = NV == 1 ? 16 : NV <= 3 ? 8 : 4;  // 16 to 24 accumulators
+#else
+  constexpr int JB = NV == 1 ? 8 : 4;  // 8 to 12 accumulators
+#endif
+  int j = 0;
+  for (; j + JB <= count; j += JB)
+    add_rows_step<A, INTERLEAVE, NV, JB>(acc + j * stride, tile + j * block, block, rows, lanes, stride);
+  if constexpr (JB > kMicroKeys)
+    if (j < count)
+      add_rows_step<A, INTERLEAVE, NV, kMicroKeys>(acc + j * stride, tile + j * block, block, rows, lanes, stride);
+}
+template <class A, int INTERLEAVE>
+static inline void add_rows(A* acc, const A* tile, int block, const A* rows, int count, int lanes, int64_t stride) {
+  constexpr int W = kLanes<A>;
+  int64_t n = 0;
+  for (const int64_t vectors = stride / W; n < vectors;) {
+    switch (vectors - n) {
+      case 1: add_rows_strip<A, INTERLEAVE, 1>(acc + n * W, tile, block, rows + n * W, count, lanes, stride); n += 1; break;
+      case 3: add_rows_strip<A, INTERLEAVE, 3>(acc + n * W, tile, block, rows + n * W, count, lanes, stride); n += 3; break;
+      default: {
+#if defined(TGA_AVX512)
+        if (vectors - n >= 4 && vectors - n != 5) {
+          add_rows_strip<A, INTERLEAVE, 4>(acc + n * W, tile, block, rows + n * W, count, lanes, stride);
+          n += 4;
+          break;
+        }
+#endif
+        add_rows_strip<A, INTERLEAVE, 2>(acc + n * W, tile, block, rows + n * W, count, lanes, stride);
+        n += 2;
+      }
+    }
+  }
+}
+
+// Whether rows of `dim` elements are interleaved: where a vector of 16 floats would be half empty.
+template <class A>
+constexpr bool kInterleaves = kLanes<A> == 16;
+template <class A>
+TGA_INLINE bool interleaved(int64_t dim) {
+  return kInterleaves<A> && (dim + 7) / 8 % 2 == 1 && dim <= 24;
+}
+// Elements of a row of the row-major operands and accumulators.
+template <class A>
+TGA_INLINE int64_t row_stride(int64_t dim) {
+  if (interleaved<A>(dim)) return (dim + 7) / 8 * 16;
+  return (dim + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Brings the next row's tensors into the second-level cache while this row is computed, spread evenly over its tiles: the
+// hardware prefetcher sees each stream too late (triangle attention, forward: 140 -> 175 GF/s on Zen 5).
+
+class Prefetch {
+ public:
+  explicit Prefetch(int steps) : steps_(steps) {}
+
+  template <class T>
+  void keys(const T* base, const View& v, int64_t rows, int64_t dim) {
+    add(base, rows, v.row * static_cast<int64_t>(sizeof(T)), dim * static_cast<int64_t>(sizeof(T)));
+  }
+  // Lanes of the first head only: with grouped queries the others follow at a stride of their own.
+  template <class T>
+  void lanes(const T* base, const View& v, const Lanes& lanes, int64_t dim) {
+    if (!base || v.col == 0) return;
+    add(base + lanes.lane[0].offset(v), lanes.count, v.row * static_cast<int64_t>(sizeof(T)), dim * static_cast<int64_t>(sizeof(T)));
+  }
+
+  void step() {
+    for (int i = 0; i < count_; ++i) {
+      const Stream& s = streams_[i];
+      const int64_t end = s.rows * (step_ + 1) / steps_;
+      for (int64_t row = s.rows * step_ / steps_; row < end; ++row)
+        for (int64_t line = 0; line < s.bytes; line += kLine) __builtin_prefetch(s.base + row * s.stride + line, 0, 2);
+    }
+    ++step_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Stream {
+    const char* base;
+    int64_t rows, stride, bytes;
+  };
+
+  void add(const void* base, int64_t rows, int64_t stride, int64_t bytes) {
+    // Dense rows are one stream of lines, else short rows would fetch each line several times.
+    if (stride == bytes) {
+      rows = (rows * bytes + kLine - 1) / kLine;
+      stride = bytes = kLine;
+    }
+    streams_[count_++] = {static_cast<const char*>(base), rows, stride, bytes};
+  }
+
+  int steps_, step_ = 0, count_ = 0;
+  Stream streams_[6];  // key, value, query, gate, out, grad_out
+};

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Vector registers of float and double for one instruction set. Included inside the namespace of that set, after its
+// `#pragma GCC target`; the including file defines TGA_AVX512 or TGA_AVX2, or neither for the portable path (GCC vector
+// extensions: SSE2 on x86, NEON on aarch64). Everything is always_inline, so no code of a newer instruction set can be
+// picked by the linker for an older machine.
+
+#define TGA_INLINE static inline __attribute__((always_inline))
+#define TGA_UNROLL _Pragma("GCC unroll 16")
+
+#if defined(TGA_AVX512)
+constexpr int kVectorBytes = 64;
+#elif defined(TGA_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+// may_alias: scratch memory is read as other element types too; aligned(1 element): every load is an unaligned one.
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecL __attribute__((vector_size(kVectorBytes)));
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = VecF;
+  using Bits = VecI;
+};
+template <>
+struct VecOf<double> {
+  using type = VecD;
+  using Bits = VecL;
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+using VecBits = typename VecOf<A>::Bits;
+
+template <class A>
+TGA_INLINE Vec<A> load(const A* p) {
+  Vec<A> x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class A>
+TGA_INLINE void store(A* p, Vec<A> x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+template <class A>
+TGA_INLINE Vec<A> set1(A x) {
+  return x - Vec<A>{};
+}
+
+#if defined(TGA_AVX512)
+TGA_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+TGA_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+// As the instruction has it: b where either is NaN.
+TGA_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+TGA_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+TGA_INLINE bool any_greater(VecF a, VecF b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+}
+TGA_INLINE bool any_greater(VecD a, VecD b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
+}
+TGA_INLINE float sum_lanes(VecF a) { return _mm512_reduce_add_ps((__m512)a); }
+TGA_INLINE double sum_lanes(VecD a) { return _mm512_reduce_add_pd((__m512d)a); }
+#elif defined(TGA_AVX2)
+TGA_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+TGA_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+TGA_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+TGA_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+TGA_INLINE bool any_greater(VecF a, VecF b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+}
+TGA_INLINE bool any_greater(VecD a, VecD b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
+}
+#else
+template <class V>
+TGA_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+template <class V>
+TGA_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+TGA_INLINE bool any_greater(V a, V b) {
+  const auto greater = a > b;
+  bool any = false;
+  for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) any |= greater[i] != 0;
+  return any;
+}
+#endif
+#if !defined(TGA_AVX512)
+// Halves are added pairwise, so the order of the sum does not depend on the compiler.
+template <class V>
+TGA_INLINE auto sum_lanes(V a) {
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  for (int step = n / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) a[i] += a[i + step];
+  return a[0];
+}
+#endif
+
+// Transposes kLanes registers in place: in stage S, 2x2 blocks of S lanes swap their off-diagonal halves.
+template <int S, class V, size_t... L>
+TGA_INLINE void swap_blocks(V& a, V& b, std::index_sequence<L...>) {
+  constexpr int n = sizeof...(L);
+  const V lo = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
+  const V hi = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
+  a = lo;
+  b = hi;
+}
+template <class A, int S = kLanes<A> / 2>
+TGA_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  if constexpr (S > 0) {
+    TGA_UNROLL for (int i = 0; i < kLanes<A>; ++i) {
+      if ((i & S) == 0) swap_blocks<S>(rows[i], rows[i + S], std::make_index_sequence<kLanes<A>>{});
+    }
+    transpose<A, S / 2>(rows);
+  }
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "describe.h"
+
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <vector>
+
+namespace torch_gated_attn {
+namespace {
+
+// One operand before its batch dimensions are merged.
+struct Walk {
+  View* view;
+  std::vector<int64_t> batch;  // strides, right-aligned with the call's batch dimensions
+};
+
+// Stride of dimension `from_right` (1 = last), 0 where the operand is broadcast or has no such dimension.
+int64_t broadcast_stride(const at::Tensor& t, int64_t from_right) {
+  const int64_t d = t.dim() - from_right;
+  return d < 0 || t.size(d) == 1 ? 0 : t.stride(d);
+}
+
+// `row_dims`: 2 for [*, H, L, C] operands, 1 for [*, H, L] ones.
+Walk walk(const at::Tensor& t, View& view, int64_t row_dims, int64_t batch_dims) {
+  view.data = t.data_ptr();
+  view.col = row_dims == 2 ? broadcast_stride(t, 1) : 0;
+  view.row = broadcast_stride(t, row_dims);
+  view.head = broadcast_stride(t, row_dims + 1);
+  Walk w{&view, {}};
+  for (int64_t d = 0; d < batch_dims; ++d) w.batch.push_back(broadcast_stride(t, row_dims + 1 + batch_dims - d));
+  return w;
+}
+
+// Whether dimension `inner` continues dimension `outer` for every operand.
+bool mergeable(const std::vector<Walk>& walks, const std::vector<int64_t>& sizes, size_t outer, size_t inner) {
+  for (const Walk& w : walks)
+    if (w.batch[outer] != w.batch[inner] * sizes[inner]) return false;
+  return true;
+}
+
+DType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return DType::kFloat32;
+  }
+}
+
+void merge_batch(std::vector<Walk>& walks, const at::Tensor& query, Problem& p) {
+  const int64_t batch_dims = query.dim() - 3;
+  const auto by_bias = [&](size_t d) {  // whether the bias or its gradient has this dimension
+    for (const Walk& w : walks)
+      if ((w.view == &p.bias || w.view == &p.d_bias) && w.batch[d] != 0) return true;
+    return false;
+  };
+  std::vector<int64_t> sizes;
+  std::vector<size_t> kept;  // into query's dimensions
+  size_t outer_dims = 0;
+  for (const bool outer : {true, false}) {
+    for (int64_t d = 0; d < batch_dims; ++d) {
+      if (query.size(d) == 1 || by_bias(d) != outer) continue;
+      kept.push_back(d);
+      sizes.push_back(query.size(d));
+    }
+    if (outer) outer_dims = kept.size();
+  }
+  for (Walk& w : walks) {
+    std::vector<int64_t> strides;
+    for (const size_t d : kept) strides.push_back(w.batch[d]);
+    w.batch = strides;
+  }
+  for (size_t d = sizes.size(); d-- > 1;) {
+    if (d == outer_dims || !mergeable(walks, sizes, d - 1, d)) continue;
+    sizes[d - 1] *= sizes[d];
+    sizes.erase(sizes.begin() + d);
+    for (Walk& w : walks) w.batch.erase(w.batch.begin() + (d - 1));
+    if (d < outer_dims) --outer_dims;
+  }
+  TORCH_CHECK_VALUE(sizes.size() <= kMaxBatchDims, "query must have at most ", kMaxBatchDims,
+                    " batch dimensions after those that every argument walks alike are merged, but ", sizes.size(),
+                    " remain of shape ", query.sizes());
+  const size_t first = kMaxBatchDims - sizes.size();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    p.batch[first + d] = sizes[d];
+    (d < outer_dims ? p.outer : p.rows) *= sizes[d];
+    for (Walk& w : walks) w.view->batch[first + d] = w.batch[d];
+    p.mask_varies_by_row |= d >= outer_dims && p.mask.batch[first + d] != 0;
+  }
+}
+
+}  // namespace
+
+Problem describe(const Operands& o, std::optional<double> scale, c10::string_view masked_rows) {
+  Problem p;
+  p.dtype = kernel_dtype(o.query.scalar_type());
+  p.bias_dtype = o.bias.defined() ? kernel_dtype(o.bias.scalar_type()) : p.dtype;
+  p.heads = o.query.size(-3);
+  p.kv_heads = o.key.size(-3);
+  p.q_len = o.query.size(-2);
+  p.k_len = o.key.size(-2);
+  p.head_dim = o.query.size(-1);
+  p.value_dim = o.value.size(-1);
+  p.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(p.head_dim));
+  if (p.head_dim == 0) p.scale = 0;  // no product to scale
+  p.mean_rows = masked_rows == "mean";
+
+  std::vector<Walk> walks;
+  const auto add = [&](const at::Tensor& t, View& view, int64_t row_dims) {
+    if (t.defined()) walks.push_back(walk(t, view, row_dims, o.query.dim() - 3));
+  };
+  add(o.query, p.query, 2), add(o.key, p.key, 2), add(o.value, p.value, 2), add(o.gate, p.gate, 2);
+  add(o.bias, p.bias, 2), add(o.mask, p.mask, 2), add(o.out, p.out, 2), add(o.grad_out, p.grad_out, 2);
+  add(o.lse, p.lse, 1), add(o.row_max, p.row_max, 1), add(o.row_sum, p.row_sum, 1), add(o.grad_lse, p.grad_lse, 1);
+  add(o.d_query, p.d_query, 2), add(o.d_key, p.d_key, 2), add(o.d_value, p.d_value, 2), add(o.d_gate, p.d_gate, 2);
+  add(o.d_bias, p.d_bias, 2);
+  merge_batch(walks, o.query, p);
+  return p;
+}
+
+at::Tensor with_dense_rows(const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.dim() == 0) return tensor;
+  const bool dense = tensor.size(-1) <= 1 || tensor.stride(-1) == 1 || tensor.stride(-1) == 0;
+  if (dense) return tensor;
+  at::Tensor distinct = tensor;
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.stride(d) == 0 && tensor.size(d) > 1) distinct = distinct.narrow(d, 0, 1);
+  return distinct.contiguous();
+}
+
+}  // namespace torch_gated_attn

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// From tensors to the torch-free Problem, for the launchers of every device. Arguments have passed checks.h.
+#pragma once
+
+#include "gated_attention.h"
+#include "problem.h"
+
+namespace torch_gated_attn {
+
+// The tensors of one call; undefined = absent.
+struct Operands {
+  at::Tensor query, key, value, gate, bias, mask, out, lse, row_max, row_sum;
+  at::Tensor grad_out, grad_lse, d_query, d_key, d_value, d_gate, d_bias;
+};
+
+// Merges batch dimensions and orders them so that those the bias (and d_bias) does not vary over come last.
+Problem describe(const Operands& operands, std::optional<double> scale, c10::string_view masked_rows);
+
+// `tensor` with unit stride in its last dimension (or a broadcast one, stride 0): itself, or a dense copy of its distinct
+// elements, whose expanded dimensions have size 1. Undefined stays undefined.
+at::Tensor with_dense_rows(const at::Tensor& tensor);
+
+}  // namespace torch_gated_attn

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Torch-free description of one call, built by the device launchers (describe.h) and read by the kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace torch_gated_attn {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Batch dimensions that behave alike for every operand are merged; four is what the models with the most need
+// (templates x samples x rows, and one to spare).
+constexpr int kMaxBatchDims = 4;
+
+// How one operand is walked. Strides count elements and are 0 where the operand is broadcast.
+struct View {
+  void* data = nullptr;  // nullptr: the operand is absent
+  int64_t batch[kMaxBatchDims] = {};
+  int64_t head = 0, row = 0, col = 0;  // row: query or key position; col: head_dim, or the key for bias and mask
+};
+
+// Batch entries are numbered outer * rows + row: the bias is the same for all `rows` of one `outer` index, so a kernel
+// loads it once for all of them and sums its gradient over them.
+struct Problem {
+  DType dtype = DType::kFloat32;
+  DType bias_dtype = DType::kFloat32;  // dtype, or float32 where that has 16 bits
+  int64_t batch[kMaxBatchDims] = {1, 1, 1, 1};  // sizes of the merged batch dimensions, product = outer * rows
+  int64_t outer = 1, rows = 1;
+  int64_t heads = 0, kv_heads = 0, q_len = 0, k_len = 0, head_dim = 0, value_dim = 0;
+  double scale = 1;
+  bool mean_rows = false;  // masked_rows == "mean"
+
+  View query, key, value, gate, bias, mask, out;  // mask: one byte each
+  View lse, row_max, row_sum;                     // [*, H, Q], accumulation type
+  bool mask_varies_by_row = false;                // the mask differs between the `rows` of one `outer` index
+
+  // Backward only. `out` is read there, the others above are as in the forward.
+  View grad_out, grad_lse;
+  View d_query, d_key, d_value, d_gate;
+  View d_bias;  // accumulation type, strides 0 where the bias is broadcast
+};
+
+// A mask that is the same for all queries of a key/value head selects keys; any other mask changes logits.
+inline bool masks_keys(const Problem& p) {
+  return p.mask.data && p.mask.row == 0 && (p.mask.head == 0 || p.heads == p.kv_heads);
+}
+// Whether rows share logits other than 0: a bias, or a mask that changes logits and does not vary by row.
+inline bool shares_logits(const Problem& p) {
+  return p.bias.data || (p.mask.data && !masks_keys(p) && !p.mask_varies_by_row);
+}
+// Whether each element of a d_bias slice comes from one query, head and key of a unit of work, which then stores it;
+// otherwise they are added to the slice.
+inline bool d_bias_is_stored(const Problem& p) {
+  return p.d_bias.row != 0 && p.d_bias.col != 0 && (p.d_bias.head != 0 || p.heads == p.kv_heads);
+}
+
+}  // namespace torch_gated_attn
