@@ -55,11 +55,12 @@ class Inputs:
 
 def draw_mask(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """About three in four keys attended. Where a row has several keys, never none of them and never all."""
-    mask = torch.rand(*shape, generator=generator) < 0.75
-    if shape[-1] > 1:
-        picks = torch.rand(*shape, generator=generator).argsort(dim=-1)
+    shape = tuple(shape)
+    mask = torch.rand(shape, generator=generator) < 0.75
+    if shape and shape[-1] > 1:
+        picks = torch.rand(shape, generator=generator).argsort(dim=-1)
         mask.scatter_(-1, picks[..., :1], True).scatter_(-1, picks[..., 1:2], False)
-    elif shape[-1] == 1 and mask.numel() == 1:
+    elif mask.numel() == 1:
         mask.fill_(True)
     return mask
 
@@ -99,7 +100,7 @@ def draw(
     def normal(shape: Sequence[int] | None, kind: torch.dtype | None = None) -> Tensor | None:
         if shape is None:
             return None
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, kind or dtype)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(device, kind or dtype)
 
     return Inputs(
         query=normal((*batch, heads, q, d)),
