@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A small Evoformer (Jumper et al. 2021, supplementary algorithm 6) that predicts hidden residues."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .data import GAP, NUM_TOKENS, Example
+
+MSA_DIM, MSA_HEADS = 64, 8  # head_dim 8, as in AlphaFold's extra MSA stack
+PAIR_DIM, PAIR_HEADS = 64, 4  # head_dim 16, as in AlphaFold's template pair stack
+OUTER_DIM = 8
+MAX_OFFSET = 32  # relative positions beyond this share one embedding, as in AlphaFold
+
+AttentionFactory = Callable[[int, int], nn.Module]  # (q_dim, num_heads) -> module(q_data, m_data, mask, bias)
+
+
+def transition(dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+
+
+class BiasedAttention(nn.Module):
+    """Attention along the last-but-one dimension of x, with a bias per head projected from the pair representation."""
+
+    def __init__(self, attention: AttentionFactory, dim: int, num_heads: int, pair_dim: int | None = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        # Without a bias parameter: it would add one constant to every logit, which softmax ignores.
+        self.pair_norm = nn.LayerNorm(pair_dim, bias=False) if pair_dim else None
+        self.pair_bias = nn.Linear(pair_dim, num_heads, bias=False) if pair_dim else None
+        self.attention = attention(dim, num_heads)
+
+    def forward(self, x: Tensor, mask: Tensor, pair: Tensor | None = None) -> Tensor:
+        bias = None
+        if self.pair_norm is not None and self.pair_bias is not None and pair is not None:
+            bias = self.pair_bias(self.pair_norm(pair)).permute(2, 0, 1)  # [H, L, L], shared by all rows of x
+        return self.attention(self.norm(x), None, mask[:, None, None, :], bias)
+
+
+class OuterProductMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(MSA_DIM)
+        self.left = nn.Linear(MSA_DIM, OUTER_DIM)
+        self.right = nn.Linear(MSA_DIM, OUTER_DIM)
+        self.out = nn.Linear(OUTER_DIM * OUTER_DIM, PAIR_DIM)
+
+    def forward(self, msa: Tensor, live: Tensor) -> Tensor:
+        msa, weight = self.norm(msa), live.to(msa.dtype)[..., None]  # [S, L, 1]
+        left, right = self.left(msa) * weight, self.right(msa) * weight
+        outer = torch.einsum("sic,sjd->ijcd", left, right).flatten(-2)
+        count = torch.einsum("sic,sjc->ij", weight, weight)[..., None]
+        return self.out(outer / count.clamp(min=1))
+
+
+class EvoformerBlock(nn.Module):
+    def __init__(self, attention: AttentionFactory) -> None:
+        super().__init__()
+        self.outer_product_mean = OuterProductMean()
+        self.triangle_start = BiasedAttention(attention, PAIR_DIM, PAIR_HEADS, PAIR_DIM)
+        self.triangle_end = BiasedAttention(attention, PAIR_DIM, PAIR_HEADS, PAIR_DIM)
+        self.pair_transition = transition(PAIR_DIM)
+        self.row = BiasedAttention(attention, MSA_DIM, MSA_HEADS, PAIR_DIM)
+        self.column = BiasedAttention(attention, MSA_DIM, MSA_HEADS)
+        self.msa_transition = transition(MSA_DIM)
+
+    def forward(self, msa: Tensor, pair: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        # The pair track comes first, so that the last block's is not wasted: the prediction is read from the MSA.
+        pair_live = live[0, :, None] & live[0, None, :]  # [L, L]
+        pair = pair + self.outer_product_mean(msa, live)
+        pair = pair + self.triangle_start(pair, pair_live, pair)
+        flipped = pair.transpose(0, 1)
+        pair = pair + self.triangle_end(flipped, pair_live, flipped).transpose(0, 1)
+        pair = pair + self.pair_transition(pair)
+        msa = msa + self.row(msa, live, pair)
+        msa = msa + self.column(msa.transpose(0, 1), live.T).transpose(0, 1)
+        return msa + self.msa_transition(msa), pair
+
+
+class Evoformer(nn.Module):
+    def __init__(self, attention: AttentionFactory, blocks: int = 2) -> None:
+        super().__init__()
+        self.embed_msa = nn.Embedding(NUM_TOKENS, MSA_DIM)
+        self.embed_left = nn.Embedding(NUM_TOKENS, PAIR_DIM)
+        self.embed_right = nn.Embedding(NUM_TOKENS, PAIR_DIM)
+        self.embed_offset = nn.Embedding(2 * MAX_OFFSET + 1, PAIR_DIM)
+        self.blocks = nn.ModuleList(EvoformerBlock(attention) for _ in range(blocks))
+        self.head = nn.Sequential(nn.LayerNorm(MSA_DIM), nn.Linear(MSA_DIM, GAP))
+
+    def forward(self, example: Example) -> Tensor:
+        """Logits of the 20 residues, [S, L, 20]."""
+        target, position = example.tokens[0], torch.arange(example.tokens.size(1))
+        offset = (position[:, None] - position[None, :]).clamp(-MAX_OFFSET, MAX_OFFSET) + MAX_OFFSET
+        msa = self.embed_msa(example.tokens)
+        pair = self.embed_left(target)[:, None] + self.embed_right(target)[None, :] + self.embed_offset(offset)
+        for block in self.blocks:
+            msa, pair = block(msa, pair, example.live)
+        return self.head(msa)
+
+    def loss(self, example: Example) -> Tensor:
+        return nn.functional.cross_entropy(self(example).flatten(0, 1), example.labels.flatten())
