@@ -144,3 +144,10 @@ def evaluate(
         grads = torch.autograd.grad(outputs, list(targets.values()), cotangents, allow_unused=True)
         results.update({f"d_{name}": grad for name, grad in zip(targets, grads, strict=True)})
     return results
+
+
+def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor], label: object) -> None:
+    """The same results, bit for bit (NaN equals NaN)."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name].nan_to_num(7.7), b[name].nan_to_num(7.7))]
+    assert not different, f"{different} differ for {label}"

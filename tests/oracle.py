@@ -12,6 +12,7 @@ import torch
 from inputs import Inputs
 from torch import Tensor
 
+
 def sum_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     array = array.sum(axis=tuple(range(array.ndim - len(shape))))
     axes = tuple(i for i, size in enumerate(shape) if size == 1 and array.shape[i] != 1)

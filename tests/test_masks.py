@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from inputs import DTYPES, POLICIES, Inputs, draw, evaluate
+from inputs import DTYPES, POLICIES, Inputs, assert_identical, draw, evaluate
 from tolerance import Judge
 
 from torch_gated_attn import gated_attention, gated_attention_with_lse
@@ -106,12 +106,9 @@ def test_masked_keys_and_values_leave_no_trace(device, dtype, poison):
     clean = make(dtype=dtype, device=device, mask="key", bias=(2, 1, HEADS, Q, K))
     clean.mask[0, 1] = False  # nothing is attended here: under "zero" its values count for nothing
     masked = ~clean.mask.movedim(-1, -2).expand(*BATCH, HEADS, K, 1)
-    poisoned = clean.replace(
-        key=clean.key.masked_fill(masked, poison), value=clean.value.masked_fill(masked, poison)
-    )
+    poisoned = clean.replace(key=clean.key.masked_fill(masked, poison), value=clean.value.masked_fill(masked, poison))
     a, b = evaluate(gated_attention_with_lse, clean), evaluate(gated_attention_with_lse, poisoned)
-    for name, result in a.items():
-        assert torch.equal(result, b[name]), f"{name} depends on masked keys or values"
+    assert_identical(a, b, "masked keys or values")
     for name in ("d_key", "d_value"):
         assert (b[name].masked_select(masked) == 0).all(), f"{name} of a masked key is not 0"
 
@@ -123,16 +120,14 @@ def test_masked_key_may_be_nan_where_values_are_averaged(device):
     masked = ~clean.mask.movedim(-1, -2).expand(*BATCH, HEADS, K, 1)
     poisoned = clean.replace(key=clean.key.masked_fill(masked, math.nan))
     a, b = evaluate(gated_attention_with_lse, clean), evaluate(gated_attention_with_lse, poisoned)
-    for name, result in a.items():
-        assert torch.equal(result, b[name]), f"{name} depends on masked keys"
+    assert_identical(a, b, "masked keys")
 
 
 def test_bias_at_masked_keys_leaves_no_trace(device):
     clean = make(device=device, mask="key")
     poisoned = clean.replace(bias=clean.bias.masked_fill(~clean.mask, math.nan))
     a, b = evaluate(gated_attention_with_lse, clean), evaluate(gated_attention_with_lse, poisoned)
-    for name, result in a.items():
-        assert torch.equal(result, b[name]), f"{name} depends on the bias of masked keys"
+    assert_identical(a, b, "the bias of masked keys")
 
 
 @pytest.mark.parametrize("low", [-1e9, "finfo.min"])

@@ -79,9 +79,7 @@ def test_float32_bias_with_16_bit_inputs(device, dtype):
     judge = Judge()
     for bias in ("full", (2, 1, 24, 40), (24, 40), (1, 1, 1, 40), (24, 1)):
         for seed in range(4):
-            inputs = draw(
-                seed=seed, dtype=dtype, device=device, q=24, k=40, d=16, bias=bias, bias_dtype=torch.float32
-            )
+            inputs = draw(seed=seed, dtype=dtype, device=device, q=24, k=40, d=16, bias=bias, bias_dtype=torch.float32)
             judge.compare(f"bias={bias} seed={seed}", inputs)
     judge.verdict()
 

@@ -7,12 +7,11 @@ import math
 
 import pytest
 import torch
-from inputs import DTYPES, HALF, POLICIES, draw, evaluate
-from tolerance import Judge
+from inputs import DTYPES, HALF, POLICIES, assert_identical, draw, evaluate
+from oracle import gold
+from tolerance import Judge, largest
 
 from torch_gated_attn import gated_attention, gated_attention_with_lse
-
-ALL = slice(None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,20 +90,15 @@ def test_large_logits(device, dtype):
 
 
 def test_products_beyond_float16(device):
-    """<q, k> passes 65504, the largest float16, though the logit does not: scale is applied in float32."""
-    dtype = torch.float16
-    inputs = draw(seed=6, dtype=dtype, device=device, q=20, k=40, d=64, scale=1e-5, bias="full")
+    """<q, k> passes 65504, the largest float16, though the logit does not: the product is float32."""
+    inputs = draw(seed=6, dtype=torch.float16, device=device, q=20, k=40, d=64, scale=1e-5, bias="full")
     inputs = inputs.replace(query=inputs.query * 60, key=inputs.key * 60)
     inputs.query[..., 0, :], inputs.key[..., 1, :] = 60, 60
     assert (inputs.query.float() @ inputs.key.float().mT).max() > 65504
-    judge = Judge()
-    wide = inputs.to(torch.float32)
-    judge.compare("float16", wide)  # float32 holds: the comparison below is with a finite truth
-    out, _ = gated_attention_with_lse(*inputs.tensors, scale=inputs.scale)
-    torch.testing.assert_close(
-        out.float(), gated_attention(*wide.tensors, scale=inputs.scale), rtol=2e-3, atol=1e-3
-    )
-    judge.verdict()
+    true = gold(inputs)  # plain PyTorch overflows in float16 and cannot be the yardstick
+    for name, result in evaluate(gated_attention_with_lse, inputs).items():
+        bound = 4 * torch.finfo(inputs.query.dtype).eps * largest(true[f"terms_{name}"])
+        assert largest(result.double().cpu() - true[name]) <= bound, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,19 +141,16 @@ def test_gates(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_in_a_row_stays_in_its_output_row(device, dtype, name):
     inputs = draw(seed=10, dtype=dtype, device=device, q=20, k=33, d=8, bias="full")
+    inputs.mask[1, ..., 3] = True  # the bias that becomes NaN is attended
     clean = gated_attention(*inputs.tensors)
     getattr(inputs, name)[1, 0, 7, 3] = math.nan
-    if name == "bias":
-        inputs.mask[1, ..., 3] = True
-    if name == "bias":
-        clean = gated_attention(*inputs.replace(bias=inputs.bias.nan_to_num(0.3)).tensors)
     out = gated_attention(*inputs.tensors)
     if name == "gate":
         assert out[1, 0, 7, 3].isnan()
     else:
         assert out[1, 0, 7].isnan().all()
     out[1, 0, 7] = clean[1, 0, 7] = 0
-    assert torch.equal(out, clean)
+    assert_identical({"out": out}, {"out": clean}, "other rows")
 
 
 @pytest.mark.parametrize("infinity", [math.inf, math.nan])
@@ -170,7 +161,7 @@ def test_infinite_logits_make_their_row_nan(device, infinity):
     out = gated_attention(*inputs.tensors)
     assert out[0, 1, 5].isnan().all()
     out[0, 1, 5] = clean[0, 1, 5] = 0
-    assert torch.equal(out, clean)
+    assert_identical({"out": out}, {"out": clean}, "other rows")
 
 
 @pytest.mark.parametrize("name", ["key", "value"])
@@ -186,7 +177,7 @@ def test_nan_in_an_attended_key_stays_in_its_batch_entry_and_head_group(device, 
     for key, result in results.items():
         grouped = 1 if key in ("d_key", "d_value") else 2
         result[1, grouped:] = clean[key][1, grouped:] = 0
-        assert torch.equal(result, clean[key]), f"{key} outside the head group changed"
+    assert_identical(results, clean, "other head groups")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,7 +191,7 @@ def test_nan_in_an_incoming_gradient_stays_in_its_batch_entry_and_head_group(dev
     for key, result in results.items():
         grouped = 1 if key in ("d_key", "d_value") else 2
         result[1, grouped:] = clean[key][1, grouped:] = 0
-        assert torch.equal(result, clean[key]), f"{key} outside the head group changed"
+    assert_identical(results, clean, "other head groups")
 
 
 @pytest.mark.parametrize("dtype", HALF)

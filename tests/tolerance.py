@@ -43,22 +43,18 @@ def largest(error: Tensor) -> float:
 class Judge:
     """Compares calls of the operator with GOLD and REF, and fails once, at the end, with every failure in one message."""
 
-    def __init__(self, operator: Callable[..., tuple[Tensor, Tensor]] = torch_gated_attn.gated_attention_with_lse) -> None:
+    def __init__(
+        self, operator: Callable[..., tuple[Tensor, Tensor]] = torch_gated_attn.gated_attention_with_lse
+    ) -> None:
         self.operator = operator
         self.failures: list[str] = []
         self.ratios: list[float] = []
         self.compared = 0
 
-    def compare(
-        self,
-        label: object,
-        inputs: Inputs,
-        wrt: Sequence[str] = DIFFERENTIABLE,
-        plain: Inputs | None = None,
-    ) -> dict[str, Tensor]:
-        """Judge one call; `plain` are the inputs for REF, where the inputs' own dtype is too narrow for plain PyTorch."""
+    def compare(self, label: object, inputs: Inputs, wrt: Sequence[str] = DIFFERENTIABLE) -> dict[str, Tensor]:
+        """Judge one call; returns what the operator returned."""
         gold = evaluate_gold(inputs)
-        ref = evaluate(reference.gated_attention_with_lse, plain or inputs, wrt)
+        ref = evaluate(reference.gated_attention_with_lse, inputs, wrt)
         if inputs.query.dtype in HALF:
             ref["lse"] = evaluate(reference.gated_attention_with_lse, inputs.to(torch.float32), ())["lse"]
         out = evaluate(self.operator, inputs, wrt)
@@ -113,4 +109,6 @@ class Judge:
         assert not self.failures, f"{len(self.failures)} of {self.compared} results outside the tolerance:\n{shown}"
         if len(self.ratios) >= SAMPLE:
             median = statistics.median(self.ratios)
-            assert median < MEDIAN_RATIO, f"median of rms(OUT - GOLD) / rms(REF - GOLD) is {median:.3f}, not below {MEDIAN_RATIO}"
+            assert median < MEDIAN_RATIO, (
+                f"median of rms(OUT - GOLD) / rms(REF - GOLD) is {median:.3f}, not below {MEDIAN_RATIO}"
+            )

@@ -80,12 +80,12 @@ class GatedAttention(nn.Module):
         self.zero_init = zero_init
         self.masked_rows = masked_rows
         if num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+            raise ValueError(f"num_heads must be at least 1, but is {num_heads}")
         for name, size in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
             if size % num_heads != 0:
-                raise ValueError(f"{name} must be divisible by num_heads, got {name} {size} and num_heads {num_heads}")
+                raise ValueError(f"{name} must be divisible by num_heads {num_heads}, but is {size}")
         if masked_rows not in ("zero", "mean"):
-            raise ValueError(f"masked_rows must be 'zero' or 'mean', got '{masked_rows}'")
+            raise ValueError(f'masked_rows must be "zero" or "mean", but is "{masked_rows}"')
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -130,14 +130,13 @@ class GatedAttention(nn.Module):
         if m_data is None:
             if self.kv_dim != self.q_dim:
                 raise ValueError(
-                    f"m_data is needed where kv_dim and q_dim differ, got None with kv_dim {self.kv_dim} and "
-                    f"q_dim {self.q_dim}"
+                    f"m_data must be given, as kv_dim {self.kv_dim} is not q_dim {self.q_dim}, but is None"
                 )
             m_data = q_data
         if q_data.dim() < 2 or q_data.size(-1) != self.q_dim:
-            raise ValueError(f"q_data must be [*, Q, {self.q_dim}], got shape {list(q_data.shape)}")
+            raise ValueError(f"q_data must have shape [*, Q, {self.q_dim}], but has shape {list(q_data.shape)}")
         if m_data.dim() < 2 or m_data.size(-1) != self.kv_dim:
-            raise ValueError(f"m_data must be [*, K, {self.kv_dim}], got shape {list(m_data.shape)}")
+            raise ValueError(f"m_data must have shape [*, K, {self.kv_dim}], but has shape {list(m_data.shape)}")
         if mask is not None:
             mask = self._mask_with_heads(mask, q_data.dim())
 
@@ -159,14 +158,14 @@ class GatedAttention(nn.Module):
 
     def _mask_with_heads(self, mask: Tensor, rank: int) -> Tensor:
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool (True = attend), got {mask.dtype}: pass mask > 0")
+            raise TypeError(f"mask must be bool (True = attend), but is {mask.dtype}: pass mask > 0")
         if mask.dim() == rank:
             return mask.unsqueeze(-3)
         if mask.dim() == rank + 1:
             return mask
         raise ValueError(
-            f"mask must have the rank of q_data, {rank}, as [*, Q, K], or one more, as [*, H or 1, Q, K], "
-            f"got rank {mask.dim()}"
+            f"mask must have q_data's rank {rank}, as [*, Q, K], or one more, as [*, H or 1, Q, K], "
+            f"but has shape {list(mask.shape)}"
         )
 
     def extra_repr(self) -> str:
@@ -199,11 +198,13 @@ class GatedAttention(nn.Module):
         gating = "gating_w" in params or "gating_b" in params
         ranks = {**_ALPHAFOLD_RANKS, **(_ALPHAFOLD_GATING_RANKS if gating else {})}
         if set(params) != set(ranks):
-            raise ValueError(f"params must have the keys {sorted(ranks)}, got {sorted(params)}")
+            raise ValueError(
+                f"params must have the keys {', '.join(sorted(ranks))}, but has {', '.join(sorted(params))}"
+            )
         arrays = {name: _as_tensor(array) for name, array in params.items()}
         for name, rank in ranks.items():
             if arrays[name].dim() != rank:
-                raise ValueError(f"{name} must have rank {rank}, got shape {list(arrays[name].shape)}")
+                raise ValueError(f"{name} must have {rank} dimensions, but has shape {list(arrays[name].shape)}")
 
         q_dim, heads, head_dim = arrays["query_w"].shape
         kv_dim, _, value_head_dim = arrays["value_w"].shape
@@ -217,7 +218,9 @@ class GatedAttention(nn.Module):
         }
         for name, shape in expected.items():
             if name in arrays and list(arrays[name].shape) != shape:
-                raise ValueError(f"{name} must have shape {shape} to fit the others, got {list(arrays[name].shape)}")
+                raise ValueError(
+                    f"{name} must have shape {shape} to fit the other arrays, but has shape {list(arrays[name].shape)}"
+                )
 
         module = cls(
             q_dim,

@@ -42,7 +42,7 @@ def gated_attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch version of :func:`torch_gated_attn.gated_attention_with_lse`, same arguments."""
     if masked_rows not in ("zero", "mean"):
-        raise ValueError(f"masked_rows must be 'zero' or 'mean', got '{masked_rows}'")
+        raise ValueError(f'masked_rows must be "zero" or "mean", but is "{masked_rows}"')
     heads, kv_heads, head_dim, k_len = query.size(-3), key.size(-3), query.size(-1), key.size(-2)
     if kv_heads != heads:
         key = key.repeat_interleave(heads // kv_heads, dim=-3)

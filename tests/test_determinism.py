@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The same bits every time, for any number of threads, and accurate on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import DTYPES, assert_identical, draw, evaluate
+
+from torch_gated_attn import gated_attention_with_lse
+
+# Enough work for every thread, in each way it can be shared out: over batch entries, over heads, over queries, and over
+# the entries that share one bias.
+CALLS = {
+    "batch": {"batch": (7,), "heads": 3, "q": 70, "k": 90, "d": 16, "bias": (1, 3, 70, 90)},
+    "one long sequence": {"batch": (), "heads": 1, "q": 300, "k": 257, "d": 32, "bias": (1, 300, 257)},
+    "multi-query": {"batch": (2,), "heads": 6, "kv_heads": 1, "q": 65, "k": 130, "d": 24, "bias": (65, 130)},
+    "one query": {"batch": (64,), "heads": 4, "q": 1, "k": 33, "d": 8, "bias": (1, 4, 1, 33)},
+    "two groups of rows": {"batch": (3, 5), "heads": 2, "q": 40, "k": 40, "d": 8, "bias": (3, 1, 2, 40, 40)},
+    "bias of keys": {"batch": (5,), "heads": 2, "q": 40, "k": 40, "d": 8, "bias": (1, 1, 1, 40)},
+    "gate of heads": {"batch": (5,), "heads": 2, "q": 40, "k": 40, "d": 8, "gate": (1, 2, 1, 1)},
+}
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS)
+def test_number_of_threads(restore_threads, dtype, call):
+    inputs = draw(seed=1, dtype=dtype, **CALLS[call])
+    results = {}
+    for threads in (1, 2, 3, 4, 8):
+        torch.set_num_threads(threads)
+        results[threads] = evaluate(gated_attention_with_lse, inputs)
+        assert_identical(results[1], results[threads], f"{threads} threads")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeated_runs(device, dtype):
+    for name, sizes in CALLS.items():
+        inputs = draw(seed=2, dtype=dtype, device=device, **sizes)
+        first = evaluate(gated_attention_with_lse, inputs)
+        for _ in range(10):
+            assert_identical(first, evaluate(gated_attention_with_lse, inputs), name)
+
+
+def test_python_threads_at_once():
+    """Eight threads, each with its own call, all at the same time."""
+    calls = [draw(seed=seed, dtype=DTYPES[seed % 4], **list(CALLS.values())[seed % len(CALLS)]) for seed in range(8)]
+    expected = [evaluate(gated_attention_with_lse, call) for call in calls]
+    barrier = threading.Barrier(len(calls))
+
+    def work(call):
+        barrier.wait()
+        return [evaluate(gated_attention_with_lse, call) for _ in range(5)]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for i, results in enumerate(pool.map(work, calls)):
+            for result in results:
+                assert_identical(expected[i], result, f"thread {i}")
+
+
+def test_backward_twice_and_from_another_thread():
+    inputs = draw(seed=3, **CALLS["batch"])
+    leaves = [x.detach().requires_grad_() for x in inputs.tensors[:5]]
+    out, lse = gated_attention_with_lse(*leaves, inputs.mask)
+
+    def gradients():
+        grads = torch.autograd.grad((out, lse), leaves, (inputs.grad_out, inputs.grad_lse), retain_graph=True)
+        return {str(i): grad for i, grad in enumerate(grads)}
+
+    first = gradients()
+    assert_identical(first, gradients(), "a second backward")
+    with ThreadPoolExecutor(2) as pool:
+        for other in [future.result() for future in [pool.submit(gradients) for _ in range(2)]]:
+            assert_identical(first, other, "a backward in another thread")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_after_use():
+    """A forked worker (as of a DataLoader) can use the operator though its parent did."""
+    program = """
+import os, torch
+import torch_gated_attn
+x = torch.randn(4, 2, 64, 16)
+before = torch_gated_attn.gated_attention(x, x, x)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # GNU OpenMP cannot start threads after a fork
+    os._exit(0 if torch.equal(torch_gated_attn.gated_attention(x, x, x), before) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+ACCURACY = "head_dims or heads_and_batch or diagonal or fully_masked or leave_no_trace or every_subset or large_logits"
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(capability):
+    """The accuracy tests again, in a process whose kernels are held to one instruction set."""
+    environment = {**os.environ, "TORCH_GATED_ATTN_CPU_CAPABILITY": capability}
+    taken = run_python(environment, "-c", "from torch_gated_attn import _C; print(_C.cpu_capability())").stdout.strip()
+    if taken != capability:
+        pytest.skip(f"this machine's best instruction set is {taken}")
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_numerics.py", "test_masks.py", "test_special.py")]
+    run = run_python(environment, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", ACCURACY, *tests)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+def test_unknown_instruction_set():
+    program = "import torch, torch_gated_attn as t; x = torch.ones(1, 1, 1); t.gated_attention(x, x, x)"
+    run = run_python({**os.environ, "TORCH_GATED_ATTN_CPU_CAPABILITY": "sse9"}, "-c", program)
+    assert run.returncode == 1
+    expected = "TORCH_GATED_ATTN_CPU_CAPABILITY must be default, avx2, avx512 or avx512_bf16, but is 'sse9'"
+    assert expected in run.stderr
+
+
+def run_python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
