@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The extension module _C. Loading it registers the operators; what Python can ask it are facts of the build, never tensors.
+#include <pybind11/pybind11.h>
+
+#include "../cpu/dispatch.h"
+
+// Passed by setup.py: torch/version.h lacks the local part of the version (+cpu, +cu130).
+#ifndef TORCH_GATED_ATTN_TORCH_VERSION
+#error "define TORCH_GATED_ATTN_TORCH_VERSION, the version of the torch that is built against"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// The loader looks for this text in the file when the library cannot be loaded into the torch at hand.
+[[gnu::used]] constexpr char kBuiltWith[] = "torch_gated_attn built with torch " TORCH_GATED_ATTN_TORCH_VERSION;
+
+#ifdef __clang__
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+py::tuple cpu_capabilities() {
+#ifdef __x86_64__
+  return py::make_tuple("default", "avx2", "avx512", "avx512_bf16");
+#else
+  return py::make_tuple("default");
+#endif
+}
+
+py::object cuda_version() {
+#ifdef TORCH_GATED_ATTN_WITH_CUDA
+  return py::str(TORCH_GATED_ATTN_WITH_CUDA);
+#else
+  return py::none();
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts of the build of torch_gated_attn.";
+  m.attr("torch_version") = TORCH_GATED_ATTN_TORCH_VERSION;
+  m.attr("cuda_version") = cuda_version();  // of the toolkit; None: built without CUDA kernels
+  m.attr("compiler") = kCompiler;
+  m.attr("cpu_capabilities") = cpu_capabilities();
+  m.def("cpu_capability", &torch_gated_attn::cpu_capability,
+        "The instruction set this process uses: the best of the machine, or TORCH_GATED_ATTN_CPU_CAPABILITY.");
+}

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Builds the extension module torch_gated_attn._C: the operator library and a few facts about its build.
+
+Environment: TORCH_GATED_ATTN_CUDA=0/1 forces the CUDA kernels off or on, TORCH_CUDA_ARCH_LIST picks their
+architectures, CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+COMPILE = [
+    "-O3",
+    "-std=c++20",
+    "-g0",  # the library is 18 MB with debug information
+    "-fopenmp",  # without it at::parallel_for runs serially and says nothing
+    "-fvisibility=hidden",
+    "-fstack-protector-strong",
+    "-U_FORTIFY_SOURCE",  # some compilers predefine another level
+    "-D_FORTIFY_SOURCE=2",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",  # vector types are passed inside the library only
+]
+LINK = ["-fopenmp", "-Wl,-z,relro,-z,now", "-Wl,-s"]
+
+NO_TORCH = (
+    "torch_gated_attn is compiled against the PyTorch that will run it, but this Python cannot import torch ({error}): "
+    "install torch>=2.11 first, then run `pip install --no-build-isolation .`"
+)
+
+
+def sources(*parts: str) -> list[str]:
+    """The files that csrc/sources.txt lists for these parts of the library, relative to the repository's root."""
+    found: list[str] = []
+    for line in (ROOT / "csrc/sources.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            part, pattern = line.split()
+            if part in parts:
+                found += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+    return found
+
+
+def cuda_toolkit() -> tuple[str, str] | None:
+    """Home and version of the toolkit of CUDA_HOME, or else of the nvcc on the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
+    if nvcc is None or not os.path.exists(nvcc):
+        return None
+    # The nvcc on the PATH may be a script that calls the real one, which knows where it is.
+    run = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    here = re.search(r"_HERE_=(.+)", run.stderr)
+    version = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if here is None or version is None:
+        return None
+    return home or os.path.dirname(here.group(1).strip()), version.group(1)
+
+
+def choose_cuda(torch_cuda: str | None, toolkit: tuple[str, str] | None) -> tuple[bool, str]:
+    """Whether to build the CUDA kernels, and why."""
+    wish = os.environ.get("TORCH_GATED_ATTN_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"TORCH_GATED_ATTN_CUDA must be 0 or 1, but is {wish!r}")
+    if wish == "0":
+        return False, "TORCH_GATED_ATTN_CUDA=0"
+    missing = None
+    if not sources("cuda"):
+        missing = "this source tree has no CUDA kernels"
+    elif torch_cuda is None:
+        missing = "this torch is a build without CUDA"
+    elif toolkit is None:
+        missing = "nvcc was not found (set CUDA_HOME)"
+    elif toolkit[1].split(".")[0] != torch_cuda.split(".")[0]:
+        missing = f"nvcc is {toolkit[1]}, but torch was built with CUDA {torch_cuda}"
+    if missing is None:
+        assert toolkit is not None
+        return True, f"nvcc {toolkit[1]} in {toolkit[0]}, torch built with CUDA {torch_cuda}"
+    if wish == "1":
+        raise SystemExit(f"TORCH_GATED_ATTN_CUDA=1, but {missing}")
+    return False, missing
+
+
+def default_architectures(toolkit_version: str) -> str:
+    """One binary per generation runs on all its members; PTX of the last serves what comes later."""
+    newest = tuple(map(int, toolkit_version.split("."))) >= (12, 8)
+    return "8.0;9.0;10.0;12.0+PTX" if newest else "8.0;9.0+PTX"
+
+
+def extension() -> tuple[Extension, type[build_ext]]:
+    import torch
+
+    toolkit = cuda_toolkit()
+    with_cuda, why = choose_cuda(torch.version.cuda, toolkit)
+    print(f"torch_gated_attn: CUDA kernels {'on' if with_cuda else 'off'}: {why}", file=sys.stderr)
+    cxx, nvcc = list(COMPILE), ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+    cxx.append(f'-DTORCH_GATED_ATTN_TORCH_VERSION="{torch.__version__}"')
+    if with_cuda:
+        assert toolkit is not None
+        os.environ["CUDA_HOME"] = toolkit[0]  # read by torch when cpp_extension is imported
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(toolkit[1]))
+        cxx.append(f'-DTORCH_GATED_ATTN_WITH_CUDA="{toolkit[1]}"')
+
+    from torch.utils import cpp_extension
+
+    # As system headers: their warnings are not ours.
+    cxx += [f"-isystem{path}" for path in cpp_extension.include_paths("cuda" if with_cuda else "cpu")]
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    parts = ("core", "python", "cuda") if with_cuda else ("core", "python")
+    built = kind(
+        "torch_gated_attn._C",
+        sources(*parts),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=LINK,
+    )
+    return built, cpp_extension.BuildExtension
+
+
+def without_torch(error: ImportError) -> tuple[Extension, type[build_ext]]:
+    """Lets commands that compile nothing (sdist, metadata) pass; a build ends in one sentence."""
+
+    class Refuse(build_ext):
+        def run(self) -> None:
+            raise SystemExit(NO_TORCH.format(error=error))
+
+    return Extension("torch_gated_attn._C", sources("core", "python")), Refuse
+
+
+os.chdir(ROOT)
+try:
+    module, command = extension()
+except ImportError as import_error:
+    module, command = without_torch(import_error)
+setup(ext_modules=[module], cmdclass={"build_ext": command})
