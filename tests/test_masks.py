@@ -189,6 +189,4 @@ def test_a_single_attended_key_is_copied(device):
         mask = torch.zeros(K, dtype=torch.bool, device=device)
         mask[j] = True
         out = gated_attention(*inputs.replace(mask=mask).tensors)
-        torch.testing.assert_close(
-            out, inputs.value[..., j : j + 1, :] * torch.sigmoid(inputs.gate), rtol=3e-7, atol=1e-7
-        )
+        torch.testing.assert_close(out, inputs.value[..., j : j + 1, :] * torch.sigmoid(inputs.gate), rtol=3e-7, atol=1e-7)

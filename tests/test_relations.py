@@ -152,9 +152,7 @@ def test_parts_of_the_keys_merge_through_lse(device):
 
     def merged(query, key, value, _, bias, mask, **options):
         parts = [
-            gated_attention_with_lse(
-                query, key[..., s, :], value[..., s, :], None, bias[..., s], mask[..., s], **options
-            )
+            gated_attention_with_lse(query, key[..., s, :], value[..., s, :], None, bias[..., s], mask[..., s], **options)
             for s in (slice(0, 27), slice(27, 64))
         ]
         lse = torch.stack([part[1] for part in parts])

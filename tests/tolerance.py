@@ -43,9 +43,7 @@ def largest(error: Tensor) -> float:
 class Judge:
     """Compares calls of the operator with GOLD and REF, and fails once, at the end, with every failure in one message."""
 
-    def __init__(
-        self, operator: Callable[..., tuple[Tensor, Tensor]] = torch_gated_attn.gated_attention_with_lse
-    ) -> None:
+    def __init__(self, operator: Callable[..., tuple[Tensor, Tensor]] = torch_gated_attn.gated_attention_with_lse) -> None:
         self.operator = operator
         self.failures: list[str] = []
         self.ratios: list[float] = []

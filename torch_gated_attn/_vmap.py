@@ -43,9 +43,7 @@ def _backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any
         lead.append(_lead(x, d, batch, rank - rows))
     grads = _ops._gated_attention_backward(*lead, scale, masked_rows, grad_mask)
     # A gradient has its input's shape: the dimensions that _lead put in for alignment go again.
-    inputs = [
-        x if d is None or x is None else x.movedim(d, 0)[0] for x, d in zip(tensors[2:7], in_dims[2:7], strict=True)
-    ]
+    inputs = [x if d is None or x is None else x.movedim(d, 0)[0] for x, d in zip(tensors[2:7], in_dims[2:7], strict=True)]
     shaped = tuple(g if g is None else g.reshape(batch, *x.shape) for g, x in zip(grads, inputs, strict=True))
     return shaped, tuple(None if g is None else 0 for g in shaped)
 

@@ -129,9 +129,7 @@ class GatedAttention(nn.Module):
     ) -> Tensor:
         if m_data is None:
             if self.kv_dim != self.q_dim:
-                raise ValueError(
-                    f"m_data must be given, as kv_dim {self.kv_dim} is not q_dim {self.q_dim}, but is None"
-                )
+                raise ValueError(f"m_data must be given, as kv_dim {self.kv_dim} is not q_dim {self.q_dim}, but is None")
             m_data = q_data
         if q_data.dim() < 2 or q_data.size(-1) != self.q_dim:
             raise ValueError(f"q_data must have shape [*, Q, {self.q_dim}], but has shape {list(q_data.shape)}")
@@ -198,9 +196,7 @@ class GatedAttention(nn.Module):
         gating = "gating_w" in params or "gating_b" in params
         ranks = {**_ALPHAFOLD_RANKS, **(_ALPHAFOLD_GATING_RANKS if gating else {})}
         if set(params) != set(ranks):
-            raise ValueError(
-                f"params must have the keys {', '.join(sorted(ranks))}, but has {', '.join(sorted(params))}"
-            )
+            raise ValueError(f"params must have the keys {', '.join(sorted(ranks))}, but has {', '.join(sorted(params))}")
         arrays = {name: _as_tensor(array) for name, array in params.items()}
         for name, rank in ranks.items():
             if arrays[name].dim() != rank:

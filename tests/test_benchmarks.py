@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The benchmarks run on tiny shapes; no time is asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+TINY = {
+    "workloads": [
+        {"id": "T1", "name": "pair bias", "batch": 5, "cpu_batch": 3, "heads": 2, "q": 16, "k": 16, "head_dim": 8,
+         "bias": "[1,H,Q,K] grad", "mask": "[B,1,1,K]", "dtypes": ["float32", "bfloat16"]},
+        {"id": "P1", "name": "two batch dimensions", "batch": [4, 4], "cpu_batch": [4, 2], "heads": 2, "q": 16, "k": 16,
+         "head_dim": 8, "bias": "[4,1,H,Q,K] grad", "mask": "[4,B,1,1,K]", "dtypes": ["float32"]},
+        {"id": "O1", "name": "fully masked rows", "batch": 7, "cpu_batch": 7, "heads": 2, "q": 13, "k": 13, "head_dim": 8,
+         "bias": "[1,H,Q,K] grad", "mask": "[B,1,1,K], some rows all False", "dtypes": ["float32"]},
+        {"id": "P2", "name": "no gate", "batch": 6, "cpu_batch": 6, "heads": 2, "q": 1, "k": 4, "head_dim": 8,
+         "bias": None, "mask": "[1,1,1,K]", "gate": None, "dtypes": ["float32"]},
+        {"id": "L1", "name": "grouped", "batch": 1, "cpu_batch": 1, "heads": 4, "kv_heads": 2, "q": 16, "k": 16,
+         "head_dim": 16, "bias": None, "mask": "key padding", "dtypes": ["float32"]},
+    ]
+}  # fmt: skip
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ, MPLBACKEND="Agg"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    files = ["--json", str(folder / "results.json"), "--png", str(folder / "results.png")]
+    done = run(
+        "--workload-file", str(folder / "tiny.json"), "--repeat", "2", "--no-compile", "--memory", "--threads", "2", *files
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text()), folder, done.stdout
+
+
+def test_every_workload_dtype_and_direction_is_timed(results):
+    document, _, printed = results
+    timed = {(c["workload"], c["dtype"], c["direction"]) for c in document["comparisons"]}
+    expected = {(w["id"], d, r) for w in TINY["workloads"] for d in w["dtypes"] for r in ("forward", "forward+backward")}
+    assert timed == expected
+    for comparison in document["comparisons"]:
+        assert set(comparison["paths"]) == {"operator", "eager", "sdpa"}
+        assert all("error" not in path for path in comparison["paths"].values()), comparison
+        assert comparison["workload"] in printed
+
+
+def test_the_paths_compute_the_same(results):
+    for case, differences in results[0]["largest_relative_difference_from_float64"].items():
+        limit = 0.05 if "bfloat16" in case else 1e-4
+        assert max(differences.values()) < limit, (case, differences)
+
+
+def test_memory_is_measured_per_path(results):
+    document, _, _ = results
+    assert set(document["memory_mib"]["paths"]) == {"operator", "eager", "sdpa"}
+    assert document["memory_mib"]["needed"] > 0
+
+
+def test_where_and_how_is_recorded(results):
+    machine = results[0]["machine"]
+    assert machine["threads"] == 2
+    assert "run.py" in machine["command"]
+    assert {"cpu", "cpu_flags", "date", "instruction_set", "versions", "commit"} <= set(machine)
+
+
+def test_plot_is_written(results):
+    assert (results[1] / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads", "Z9"], "--workloads must be among T1, T2"),
+        (["--dtypes", "float8"], "--dtypes must be among float32, bfloat16, got float8"),
+        (["--repeat", "0"], "--repeat and --threads must be at least 1"),
+    ],
+)
+def test_wrong_options_are_explained(arguments, message):
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_shares_count_attended_keys_only(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    share = pytest.importorskip("share")
+    workloads = pytest.importorskip("workloads")
+    inputs = workloads.make_inputs(share.TRIANGLE, workloads.DTYPES["float32"])
+    live = round(256 * (1 - workloads.MASKED_SHARE))
+    assert share.TRIANGLE.attended_pairs(inputs.mask) == 16 * 4 * 256 * live
+
+
+def test_every_listed_workload_has_consistent_shapes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    workloads = pytest.importorskip("workloads")
+    for workload in workloads.load():
+        row = workload.one_row()
+        inputs = workloads.make_inputs(row, workloads.DTYPES["float32"])
+        scores = [*row.batch, row.heads, row.q_len, row.k_len]
+        assert inputs.mask.expand(scores).any(), workload.name
+        assert workload.bias_shape is None or inputs.bias.expand(scores).shape[-1] == row.k_len
+        assert workload.gated == (inputs.gate is not None)
