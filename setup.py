@@ -19,19 +19,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-COMPILE = [
-    "-O3",
-    "-std=c++20",
-    "-g0",  # the library is 18 MB with debug information
-    "-fopenmp",  # without it at::parallel_for runs serially and says nothing
-    "-fvisibility=hidden",
-    "-fstack-protector-strong",
-    "-U_FORTIFY_SOURCE",  # some compilers predefine another level
-    "-D_FORTIFY_SOURCE=2",
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",  # vector types are passed inside the library only
-]
 LINK = ["-fopenmp", "-Wl,-z,relro,-z,now", "-Wl,-s"]
 
 NO_TORCH = (
@@ -40,14 +27,17 @@ NO_TORCH = (
 )
 
 
+def lines(name: str) -> list[str]:
+    return [line for line in (ROOT / "csrc" / name).read_text().splitlines() if line and not line.startswith("#")]
+
+
 def sources(*parts: str) -> list[str]:
     """The files that csrc/sources.txt lists for these parts of the library, relative to the repository's root."""
     found: list[str] = []
-    for line in (ROOT / "csrc/sources.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            part, pattern = line.split()
-            if part in parts:
-                found += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+    for line in lines("sources.txt"):
+        part, pattern = line.split()
+        if part in parts:
+            found += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
     return found
 
 
@@ -102,7 +92,7 @@ def extension() -> tuple[Extension, type[build_ext]]:
     toolkit = cuda_toolkit()
     with_cuda, why = choose_cuda(torch.version.cuda, toolkit)
     print(f"torch_gated_attn: CUDA kernels {'on' if with_cuda else 'off'}: {why}", file=sys.stderr)
-    cxx, nvcc = list(COMPILE), ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+    cxx, nvcc = lines("compile_flags.txt"), ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
     cxx.append(f'-DTORCH_GATED_ATTN_TORCH_VERSION="{torch.__version__}"')
     if with_cuda:
         assert toolkit is not None

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# Each command works in a fresh clone: it makes .venv, installs a pinned PyTorch, compiles the library and runs. Repeating one
+# costs only what has changed.
+#
+#   make demo    the worked example          make bench   the measurements of the README
+#   make test    the tests                   make lint    format, style and type checks
+#
+# TORCH_VERSION=2.12.* takes another PyTorch, PYTHON=python3.12 another Python, TORCH_INDEX=URL another package index for torch
+# (https://download.pytorch.org/whl/cpu: a torch without CUDA), JOBS=1 one compiler at a time. ARGS is passed on.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.14.*
+TORCH_INDEX ?=
+JOBS ?= $(shell nproc)
+ARGS ?=
+
+BIN := $(VENV)/bin
+# A stamp's name carries what it was made with, so that another version makes it anew.
+TORCH := $(VENV)/.torch-$(subst *,x,$(TORCH_VERSION))
+TOOLS := $(VENV)/.tools
+BUILT := $(VENV)/.built
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(BUILT)
+	$(BIN)/python examples/evoformer_demo.py $(ARGS)
+
+test: $(BUILT)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: $(BUILT)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+lint: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy torch_gated_attn
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(TORCH): | $(BIN)/python
+	rm -f $(VENV)/.torch-* $(BUILT)
+	$(BIN)/pip install 'torch==$(TORCH_VERSION)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	touch $@
+
+# mypy reads torch's types, so the linters share the environment.
+$(TOOLS): pyproject.toml $(TORCH)
+	$(BIN)/pip install 'setuptools>=77.0.3' ninja 'cmake>=3.18' pytest numpy hypothesis matplotlib ruff mypy clang-format
+	touch $@
+
+$(BUILT): $(SOURCES) $(TOOLS)
+	MAX_JOBS=$(JOBS) $(BIN)/pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info torch_gated_attn/*.so $(VENV)

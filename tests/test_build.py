@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the build promises: one list of sources, one version, no heavy header, and sentences where it cannot go on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torch_gated_attn
+from torch_gated_attn import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILED = [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.cu")]
+
+
+def listed() -> set[Path]:
+    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if not line.startswith("#")]
+    return {path for _, pattern in lines for path in (ROOT / "csrc").glob(pattern)}
+
+
+@pytest.fixture(scope="module")
+def build() -> dict[str, Any]:
+    """The functions of setup.py, run with a setup() that does nothing; `build["said"]` is what it printed."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr("setuptools.setup", lambda **arguments: None)
+        patch.setenv("TORCH_GATED_ATTN_CUDA", "0")
+        patch.chdir(ROOT)
+        functions = runpy.run_path(str(ROOT / "setup.py"))
+    return {**functions, "said": said.getvalue()}
+
+
+def test_every_source_is_listed() -> None:
+    assert set(COMPILED) == listed()
+
+
+def test_cmake_and_setup_read_the_same_lists() -> None:
+    for file in ("setup.py", "CMakeLists.txt"):
+        text = (ROOT / file).read_text()
+        assert "compile_flags.txt" in text
+        assert not re.search(r"csrc/\S+\.(cpp|cu)\b", text), f"{file} names a source of its own"
+
+
+def test_versions_agree() -> None:
+    assert importlib.metadata.version("torch-gated-attn") == torch_gated_attn.__version__
+    assert _C.torch_version == torch.__version__
+
+
+def test_build_facts() -> None:
+    assert _C.cpu_capability() in _C.cpu_capabilities
+    assert _C.compiler.split()[0] in ("gcc", "clang")
+    assert _C.cuda_version is None or re.fullmatch(r"\d+\.\d+", _C.cuda_version)
+
+
+def test_library_carries_the_version_the_loader_reports() -> None:
+    text = f"torch_gated_attn built with torch {torch.__version__}".encode()
+    assert text in Path(_C.__file__).read_bytes()
+
+
+@pytest.mark.parametrize("header", ["torch/extension.h", "torch/all.h", "torch/torch.h", "ATen/ATen.h"])
+def test_no_heavy_header(header: str) -> None:
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert f"<{header}>" not in path.read_text(), path
+
+
+def test_no_fast_math() -> None:
+    for path in [ROOT / "setup.py", ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*")]:
+        assert not re.search(r"-ffast-math|-Ofast|use_fast_math", path.read_text()), path
+
+
+def test_kernels_include_no_torch_header() -> None:
+    launchers = {"launcher.cpp", "launcher.h", "ordered_sum.cpp", "ordered_sum.h"}
+    for path in [*(ROOT / "csrc/cpu").glob("*"), *(ROOT / "csrc/cuda").rglob("*.cu*"), ROOT / "csrc/problem.h"]:
+        if path.name not in launchers:
+            assert not re.search(r'#include [<"](torch|ATen|c10)/', path.read_text()), path
+
+
+def test_core_needs_no_python_symbol() -> None:
+    """Only python/ may: the core is also a C++ library."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        if path.parent.name != "python":
+            assert not re.search(r"<(Python\.h|pybind11/)|torch/csrc/(utils|Exceptions)", path.read_text()), path
+
+
+def test_without_torch_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "torch_gated_attn"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def setup_py(command: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "setup.py", "--quiet", command]
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    refused = setup_py("build_ext")
+    assert refused.returncode != 0
+    sentence = refused.stderr.strip().splitlines()[-1]
+    assert "install torch>=2.11 first, then run `pip install --no-build-isolation .`" in sentence
+    assert "Traceback" not in refused.stderr
+    metadata = setup_py("egg_info")
+    assert metadata.returncode == 0, metadata.stderr
+
+
+@pytest.mark.parametrize(
+    ("wish", "torch_cuda", "toolkit", "on", "why"),
+    [
+        ("", None, None, False, "this torch is a build without CUDA"),
+        ("", "13.0", None, False, "nvcc was not found (set CUDA_HOME)"),
+        ("", "13.0", ("/cuda", "12.4"), False, "nvcc is 12.4, but torch was built with CUDA 13.0"),
+        ("", "13.0", ("/cuda", "13.2"), True, "nvcc 13.2 in /cuda, torch built with CUDA 13.0"),
+        ("0", "13.0", ("/cuda", "13.0"), False, "TORCH_GATED_ATTN_CUDA=0"),
+        ("1", "13.0", None, None, "TORCH_GATED_ATTN_CUDA=1, but nvcc was not found (set CUDA_HOME)"),
+        ("yes", "13.0", None, None, "TORCH_GATED_ATTN_CUDA must be 0 or 1, but is 'yes'"),
+    ],
+)
+def test_choice_of_cuda(
+    build: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    wish: str,
+    torch_cuda: str | None,
+    toolkit: tuple[str, str] | None,
+    on: bool | None,
+    why: str,
+) -> None:
+    choose = build["choose_cuda"]
+    monkeypatch.setitem(choose.__globals__, "sources", lambda *parts: ["kernel.cu"])
+    monkeypatch.setenv("TORCH_GATED_ATTN_CUDA", wish)
+    if on is None:
+        with pytest.raises(SystemExit, match=re.escape(why)):
+            choose(torch_cuda, toolkit)
+    else:
+        assert choose(torch_cuda, toolkit) == (on, why)
+
+
+def test_build_says_whether_it_has_cuda(build: dict[str, Any]) -> None:
+    assert "torch_gated_attn: CUDA kernels off: TORCH_GATED_ATTN_CUDA=0" in build["said"].splitlines()
