@@ -46,7 +46,10 @@ def main() -> int:
     sequences, held_out = load_family()
     runs = build_runs(IMPLEMENTATIONS)
     setting = f"{len(sequences)} rows, {arguments.columns} columns, {torch.get_num_threads()} threads, float32"
-    print(f"Evoformer on Pfam PF00069: {len(sequences)} training and {len(held_out)} held-out sequences; {setting}", flush=True)
+    print(
+        f"Evoformer on Pfam PF00069: {len(sequences)} training and {len(held_out)} held-out sequences; {setting}",
+        flush=True,
+    )
 
     print("peak memory of one step, each in its own process ...", flush=True)
     for run in runs:

@@ -22,8 +22,9 @@ class PlainAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)  # [*, L, H * D] -> [*, H, L, D]
 
-    def forward(self, q_data: Tensor, m_data: Tensor | None = None, mask: Tensor | None = None,
-                bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, q_data: Tensor, m_data: Tensor | None = None, mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         m_data = q_data if m_data is None else m_data
         q, k, v = self._heads(self.linear_q(q_data)), self._heads(self.linear_k(m_data)), self._heads(self.linear_v(m_data))
         scores = torch.matmul(q * q.size(-1) ** -0.5, k.transpose(-1, -2))  # [*, H, Q, K]

@@ -17,6 +17,7 @@ from .implementations import IMPLEMENTATIONS
 from .train import build_runs, make_optimizer, train_step
 
 _STATUS = Path("/proc/self/status")
+_RESET_PEAK = Path("/proc/self/clear_refs")  # "5" sets the peak to what is resident now, see proc(5)
 
 
 def peak_resident_mib() -> float:
@@ -39,6 +40,7 @@ def main(name: str, columns: str, threads: str) -> None:
     (run,) = build_runs({name: IMPLEMENTATIONS[name]})
     optimizer, (sequences, _) = make_optimizer(run.model), load_family()
     train_step(run.model, optimizer, training_example(sequences, 0, columns=8))  # threads, Adam's state, code pages
+    _RESET_PEAK.write_text("5")
     before = peak_resident_mib()
     train_step(run.model, optimizer, training_example(sequences, 0, int(columns)))
     print(peak_resident_mib() - before)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,7 @@ class Evoformer(nn.Module):
     def __init__(self, attention: AttentionFactory, blocks: int = 2) -> None:
         super().__init__()
         self.embed_msa = nn.Embedding(NUM_TOKENS, MSA_DIM)
-        self.embed_left = nn.Embedding(NUM_TOKENS, PAIR_DIM)
-        self.embed_right = nn.Embedding(NUM_TOKENS, PAIR_DIM)
+        self.embed_pair = nn.Embedding(NUM_TOKENS * NUM_TOKENS, PAIR_DIM)
         self.embed_offset = nn.Embedding(2 * MAX_OFFSET + 1, PAIR_DIM)
         self.blocks = nn.ModuleList(EvoformerBlock(attention) for _ in range(blocks))
         self.head = nn.Sequential(nn.LayerNorm(MSA_DIM), nn.Linear(MSA_DIM, GAP))
@@ -95,7 +94,7 @@ class Evoformer(nn.Module):
         target, position = example.tokens[0], torch.arange(example.tokens.size(1))
         offset = (position[:, None] - position[None, :]).clamp(-MAX_OFFSET, MAX_OFFSET) + MAX_OFFSET
         msa = self.embed_msa(example.tokens)
-        pair = self.embed_left(target)[:, None] + self.embed_right(target)[None, :] + self.embed_offset(offset)
+        pair = self.embed_pair(NUM_TOKENS * target[:, None] + target[None, :]) + self.embed_offset(offset)
         for block in self.blocks:
             msa, pair = block(msa, pair, example.live)
         return self.head(msa)

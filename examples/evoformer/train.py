@@ -68,7 +68,7 @@ def train(runs: Sequence[Run], sequences: Tensor, steps: int, columns: int, seed
     optimizers = [make_optimizer(run.model) for run in runs]
     for step in range(steps):
         example = training_example(sequences, step, columns, seed)
-        for run, optimizer in zip(runs, optimizers):
+        for run, optimizer in zip(runs, optimizers, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             start = time.perf_counter()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Where and with what a measurement was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def instruction_set() -> str:
+    """What the operator's CPU kernels run on; TORCH_GATED_ATTN_CPU_CAPABILITY lowers it."""
+    from torch_gated_attn import _C
+
+    name: str = _C.cpu_capability()
+    return name
+
+
+def describe() -> dict[str, Any]:
+    import torch_gated_attn
+
+    cpu = _cpu_info()
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": cpu.get("model name", platform.processor() or "unknown"),
+        "cpu_family_model_stepping": [cpu.get(key) for key in ("cpu family", "model", "stepping")],
+        "cpu_flags": cpu.get("flags", ""),
+        "cores": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch_gated_attn": torch_gated_attn.__version__,
+        },
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("TORCH_GATED_ATTN_", "OMP_", "MKL_"))},
+    }
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().split("\n\n")[0] if path.exists() else ""
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # a source archive

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compare the operator with what PyTorch offers, on the shapes that real models run.
+
+Without options every workload of workloads.json that fits a CPU is timed, forward and forward+backward, in float32 and
+bfloat16, against plain PyTorch, SDPA and torch.compile; then the share of the core's peak and the memory of a step.
+
+    python benchmarks/run.py
+    python benchmarks/run.py --workloads T1,X1 --dtypes float32 --repeat 5 --no-compile
+    python benchmarks/run.py --workloads none --peak --memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import memory
+import peers
+import plot
+import report
+import torch
+from measure import DIRECTIONS, differences, interleaved
+from report import Comparison
+from share import Peak, Share, measure_shares
+from workloads import DTYPES, WORKLOADS, Workload, load, make_inputs
+
+RESULTS = Path(__file__).with_name("results")
+MEMORY_WORKLOAD, MEMORY_DTYPE = "T1", "float32"  # at its full batch, 256
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", default="all", help="names separated by commas, all (default) or none")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="default float32,bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as torch chooses")
+    parser.add_argument("--repeat", type=int, default=7, help="timed turns of each path (default 7)")
+    parser.add_argument(
+        "--path-limit",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="a path of a workload gets no more turns after this, but at least two (default 20)",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it takes minutes to compile")
+    parser.add_argument("--peak", action=argparse.BooleanOptionalAction, help="measure the share of the core's peak")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, help="measure the memory of a T1 step")
+    parser.add_argument("--json", type=Path, default=RESULTS / "cpu.json", help="default benchmarks/results/cpu.json")
+    parser.add_argument("--png", type=Path, default=RESULTS / "cpu.png", help="default benchmarks/results/cpu.png")
+    parser.add_argument("--workload-file", type=Path, default=WORKLOADS, help="other shapes, as in workloads.json")
+    arguments = parser.parse_args()
+    arguments.dtypes = arguments.dtypes.split(",")
+    if unknown := set(arguments.dtypes) - set(DTYPES):
+        parser.error(f"--dtypes must be among {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
+    if arguments.repeat < 1 or arguments.threads < 1:
+        parser.error("--repeat and --threads must be at least 1")
+    return arguments
+
+
+def choose(names: str, file: Path) -> list[Workload]:
+    known = {workload.name: workload for workload in load(file)}
+    if names == "all":
+        return list(known.values())
+    chosen = [] if names == "none" else names.split(",")
+    if unknown := [name for name in chosen if name not in known]:
+        sys.exit(f"--workloads must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return [known[name] for name in chosen]
+
+
+def compare(workload: Workload, dtype: str, arguments: argparse.Namespace) -> list[Comparison]:
+    inputs = make_inputs(workload, DTYPES[dtype])
+    found = []
+    for direction, run in DIRECTIONS.items():
+        paths = peers.paths(with_compile=not arguments.no_compile)
+        calls = {name: (lambda path=path, run=run: run(path, inputs)) for name, path in paths.items()}
+        timings = interleaved(calls, arguments.repeat, arguments.path_limit)
+        found.append(Comparison(workload.name, workload.title, workload.describe(), dtype, direction, timings))
+        report.print_comparison(found[-1])
+    sys.stdout.flush()
+    return found
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    (workload,) = [w for w in load(arguments.workload_file, "batch") if w.name == MEMORY_WORKLOAD]
+    names = peers.paths(with_compile=not arguments.no_compile)
+    used = {name: memory.measure(name, workload, MEMORY_DTYPE, arguments.workload_file) for name in names}
+    needed = memory.needed_mib(workload, MEMORY_DTYPE)
+    report.print_memory(f"{MEMORY_WORKLOAD}, {MEMORY_DTYPE}, {workload.describe()}", needed, used)
+    return {
+        "workload": MEMORY_WORKLOAD,
+        "dtype": MEMORY_DTYPE,
+        "shape": workload.describe(),
+        "needed": needed,
+        "paths": used,
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import torch_gated_attn  # noqa: F401  # registers the operator
+
+    torch.set_num_threads(arguments.threads)
+    chosen = choose(arguments.workloads, arguments.workload_file)
+    measure_all = arguments.workloads == "all"
+    with_peak = measure_all if arguments.peak is None else arguments.peak
+    with_memory = measure_all if arguments.memory is None else arguments.memory
+
+    facts = machine.describe()
+    peak = Peak() if with_peak else None
+    peaks = peak.rates() if peak else {}
+    report.print_header(facts, peaks, list(peers.paths(with_compile=not arguments.no_compile)))
+    comparisons: list[Comparison] = []
+    errors: dict[str, dict[str, float]] = {}
+    for workload in chosen:
+        for dtype in (d for d in arguments.dtypes if d in workload.dtypes):
+            errors[f"{workload.name} {dtype}"] = differences(peers.operator, make_inputs(workload, DTYPES[dtype]))
+            comparisons += compare(workload, dtype, arguments)
+    shares: list[Share] = []
+    if peak:
+        shares = measure_shares(peak, facts["instruction_set"], arguments.dtypes, arguments.repeat)
+        report.print_shares(shares)
+    used = measure_memory(arguments) if with_memory else {}
+
+    report.write_json(arguments.json, facts, peaks, comparisons, shares, used, errors)
+    plot.write_plot(arguments.png, facts, comparisons, shares, used)
+    print(f"\n{arguments.json}\n{arguments.png}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How much of one core's multiply-add peak the operator reaches, the peak measured beside it.
+
+Counts what the formula needs and nothing that the kernels do besides: per attended query-key pair 2 (D + Dv) flops in
+the forward and 2 (3 D + 2 Dv) in the backward (which recomputes the scores); softmax, bias and gate count as nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measure import timed
+from peers import operator
+from workloads import DTYPES, Workload, make_inputs
+
+HEAD_DIMS = (8, 16, 32, 64)
+# Triangle attention of a training crop; 16 batch rows, as T1's 64 only take longer on one thread.
+TRIANGLE = Workload(
+    name="triangle",
+    title="triangle attention, one thread",
+    batch=[16],
+    heads=4,
+    kv_heads=4,
+    q_len=256,
+    k_len=256,
+    head_dim=32,
+    bias_shape=[1, 4, 256, 256],
+    mask_shape=[16, 1, 1, 256],
+    gated=True,
+    fully_masked=False,
+    dtypes=[],
+)
+
+
+class Peak:
+    """peak.cpp, compiled on the spot; rates in flops per second of one core, 0 if the processor lacks the instruction."""
+
+    def __init__(self) -> None:
+        compiler = shutil.which("g++") or shutil.which("c++")
+        if compiler is None:
+            raise RuntimeError("the peak needs a C++ compiler, and neither g++ nor c++ is on the PATH")
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder, "peak.so")
+            source = Path(__file__).with_name("peak.cpp")
+            subprocess.run([compiler, "-O2", "-std=c++20", "-shared", "-fPIC", source, "-o", library], check=True)
+            self._flops = ctypes.CDLL(str(library)).peak_flops
+        self._flops.restype = ctypes.c_double
+
+    def rate(self, kind: str, runs: int = 5) -> float:
+        return max(self._flops(kind.encode()) for _ in range(runs))
+
+    def rates(self) -> dict[str, float]:
+        return {kind: self.rate(kind) for kind in ("fma256", "fma512", "dot512")}
+
+
+def yardstick(instruction_set: str, dtype: str, peaks: dict[str, float]) -> str:
+    """The fastest instruction that the operator may use for the products of this dtype."""
+    if not instruction_set.startswith("avx512"):
+        return "fma256"
+    # Sapphire Rapids does a third as many flops per second with the bfloat16 dot product as with float32 FMA; Zen twice.
+    allowed = ["fma512", "dot512"] if instruction_set == "avx512_bf16" and dtype == "bfloat16" else ["fma512"]
+    return max(allowed, key=lambda instruction: peaks[instruction])
+
+
+@dataclass
+class Share:
+    dtype: str
+    head_dim: int
+    direction: str
+    flops_per_second: float
+    instruction: str
+    peak: float
+
+    @property
+    def share(self) -> float:
+        return self.flops_per_second / self.peak if self.peak else float("nan")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure_shares(
+    peak: Peak, instruction_set: str, dtypes: list[str], repeat: int, base: Workload = TRIANGLE
+) -> list[Share]:
+    shares, peaks = [], peak.rates()
+    with one_thread():
+        for dtype in dtypes:
+            for head_dim in HEAD_DIMS:
+                shares += _measure(
+                    peak,
+                    yardstick(instruction_set, dtype, peaks),
+                    dtype,
+                    repeat,
+                    dataclasses.replace(base, head_dim=head_dim),
+                )
+    return shares
+
+
+def _measure(peak: Peak, instruction: str, dtype: str, repeat: int, workload: Workload) -> list[Share]:
+    inputs = make_inputs(workload, DTYPES[dtype])
+    leaves = list(inputs.differentiable.values())
+
+    def forward() -> None:
+        with torch.no_grad():
+            operator(*inputs.tensors)
+
+    out = operator(*inputs.tensors)
+
+    def backward() -> None:
+        torch.autograd.grad(out, leaves, inputs.grad_out, retain_graph=True)
+
+    forward_best = backward_best = float("inf")
+    rate = 0.0
+    for turn in range(repeat + 1):  # the peak and both directions in turn; the first turn only warms up
+        rate = max(rate, peak.rate(instruction, runs=1))
+        forward_seconds, backward_seconds = timed(forward), timed(backward)
+        if turn:
+            forward_best, backward_best = min(forward_best, forward_seconds), min(backward_best, backward_seconds)
+    flops = 2 * workload.head_dim * workload.attended_pairs(inputs.mask)  # of one product Q x K x D, attended keys only
+    return [
+        Share(dtype, workload.head_dim, "forward", 2 * flops / forward_best, instruction, rate),
+        Share(dtype, workload.head_dim, "backward", 5 * flops / backward_best, instruction, rate),
+    ]
