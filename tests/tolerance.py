@@ -9,10 +9,11 @@ OUT is the operator. For out, lse and every gradient:
     rms(OUT - GOLD) <= 2 * rms(REF - GOLD) + u            float32 and float64 results
 
 u is one unit in the last place, not of the result but of the sum of the absolute values of the terms that were added up
-to it: where a true gradient is 0 because two large terms cancel (one attended key), their rounding is no error. For the
-same reason u is granted to the rms of a 16-bit result that is smaller than u throughout. The rounding of the logits adds to
-u, in the accumulation type: a probability's relative error is its logit's absolute error. lse is float32 for 16-bit
-inputs, so its REF is plain PyTorch in float32.
+to it: where a true gradient is 0 because two large terms cancel (one attended key), their rounding is no error. The
+rounding of the logits adds to u, in the accumulation type: a probability's relative error is its logit's absolute error.
+The rms of a 16-bit result is granted u where comparing it with REF's says nothing: where the result is smaller than u;
+where it has few elements, of which REF's may all be right by luck; and with few keys, where delta, which is computed from
+the rounded out, nearly cancels the only other term. lse is float32 for 16-bit inputs, so its REF is plain PyTorch in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ import torch_gated_attn
 from torch_gated_attn import reference
 
 MEDIAN_RATIO = 0.7
-SAMPLE = 30  # ratios below which a median says nothing
+FEW_RATIOS = 30  # fewer have no median worth the name
+FEW_ELEMENTS = 256
+FEW_KEYS = 4
 
 
 def rms(error: Tensor) -> float:
@@ -86,12 +89,12 @@ class Judge:
             self.failures.append(
                 f"{label}: largest error {largest(out_error):.3g} > {factor} * {largest(ref_error):.3g} + {unit:.3g}"
             )
-        # A result below the rounding of its own terms is noise in OUT and REF alike, REF's by luck often exactly 0.
-        noise = rms(true[~infinite]) <= unit
-        rms_bound = rms(ref_error) + (unit if noise else 0.0) if half else 2 * rms(ref_error) + unit
+        few = true.numel() < FEW_ELEMENTS or inputs.key.size(-2) < FEW_KEYS
+        luck = few or rms(true[~infinite]) <= unit
+        rms_bound = rms(ref_error) + (unit if luck else 0.0) if half else 2 * rms(ref_error) + unit
         if not rms(out_error) <= rms_bound:
             self.failures.append(f"{label}: rms error {rms(out_error):.3g} > {rms_bound:.3g}")
-        if half and not noise and rms(ref_error) > 0:
+        if half and not luck and rms(ref_error) > 0:
             self.ratios.append(rms(out_error) / rms(ref_error))
 
     def _unit(self, name: str, dtype: torch.dtype, gold: dict[str, Tensor]) -> float:
@@ -105,7 +108,7 @@ class Judge:
         assert self.compared > 0, "nothing was compared"
         shown = "\n".join(self.failures[:30])
         assert not self.failures, f"{len(self.failures)} of {self.compared} results outside the tolerance:\n{shown}"
-        if len(self.ratios) >= SAMPLE:
+        if len(self.ratios) >= FEW_RATIOS:
             median = statistics.median(self.ratios)
             assert median < MEDIAN_RATIO, (
                 f"median of rms(OUT - GOLD) / rms(REF - GOLD) is {median:.3f}, not below {MEDIAN_RATIO}"
