@@ -20,19 +20,17 @@ class Prefetch {
 
   void step() {
     for (int i = 0; i < count_; ++i) {
-      const Stream& s = streams_[i];
-      const int64_t end = s.rows * (step_ + 1) / steps_;
-      for (int64_t row = s.rows * step_ / steps_; row < end; ++row)
-        for (int64_t line = 0; line < s.bytes; line += kLine) __builtin_prefetch(s.base + row * s.stride + line, 0, 2);
+      Stream& s = streams_[i];
+      for (int64_t n = s.rows_per_step; n > 0 && s.rows > 0; --n, --s.rows, s.next += s.stride)
+        for (int64_t line = 0; line < s.bytes; line += kLine) __builtin_prefetch(s.next + line, 0, 2);
     }
-    ++step_;
   }
 
  private:
   static constexpr int64_t kLine = 64;
   struct Stream {
-    const char* base;
-    int64_t rows, stride, bytes;
+    const char* next;
+    int64_t rows, rows_per_step, stride, bytes;
   };
 
   void add(const void* base, int64_t rows, int64_t stride, int64_t bytes) {
@@ -41,9 +39,9 @@ class Prefetch {
       rows = (rows * bytes + kLine - 1) / kLine;
       stride = bytes = kLine;
     }
-    streams_[count_++] = {static_cast<const char*>(base), rows, stride, bytes};
+    streams_[count_++] = {static_cast<const char*>(base), rows, (rows + steps_ - 1) / steps_, stride, bytes};
   }
 
-  int steps_, step_ = 0, count_ = 0;
+  int steps_, count_ = 0;
   Stream streams_[6];  // key, value, query, gate, out, grad_out
 };

@@ -55,10 +55,14 @@ struct BackwardSchedule {
 
   BackwardSchedule(const Problem& p, bool with_bias_gradient, int block, int64_t element_size, int64_t threads) {
     max_lanes = super_block(p.heads / p.kv_heads * p.q_len, block, shares_logits(p) ? 2 * p.k_len * element_size : 0);
-    // 32 units keep as many threads busy; each group of rows costs one more partial sum of d_bias.
-    constexpr int64_t kUnitsWithPartials = 32;
-    const int64_t wanted = with_bias_gradient ? kUnitsWithPartials : kUnitsPerThread * threads;
-    rows_per_group = ceil_div(p.rows, std::min(p.rows, ceil_div(wanted, p.outer * p.kv_heads)));
+    // 32 units keep as many threads busy. Each group of rows costs one more logit table and partial sum of d_bias, which 16
+    // rows make cheap.
+    constexpr int64_t kUnitsWithPartials = 32, kRowsPerPartial = 16;
+    const int64_t heads = p.outer * p.kv_heads;
+    const int64_t groups = with_bias_gradient
+                               ? std::min(ceil_div(kUnitsWithPartials, heads), ceil_div(p.rows, kRowsPerPartial))
+                               : ceil_div(kUnitsPerThread * threads, heads);
+    rows_per_group = ceil_div(p.rows, std::min(p.rows, groups));
     row_groups = ceil_div(p.rows, rows_per_group);
   }
   int64_t units(const Problem& p) const { return p.outer * p.kv_heads * row_groups; }
