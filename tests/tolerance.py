@@ -13,7 +13,9 @@ to it: where a true gradient is 0 because two large terms cancel (one attended k
 rounding of the logits adds to u, in the accumulation type: a probability's relative error is its logit's absolute error.
 The rms of a 16-bit result is granted u where comparing it with REF's says nothing: where the result is smaller than u;
 where it has few elements, of which REF's may all be right by luck; and with few keys, where delta, which is computed from
-the rounded out, nearly cancels the only other term. lse is float32 for 16-bit inputs, so its REF is plain PyTorch in float32.
+the rounded out, nearly cancels the only other term.
+
+lse is float32 for 16-bit inputs, so its REF is plain PyTorch in float32.
 """
 
 from __future__ import annotations
