@@ -23,14 +23,13 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
  public:
   static constexpr bool is_traceable = true;  // compiled autograd may trace the backward: it only calls the dispatcher
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                               const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,
-                               std::optional<double> scale, c10::string_view masked_rows) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key,
+                               const at::Tensor& value, const OptionalTensor& gate, const OptionalTensor& bias,
+                               const OptionalTensor& mask, std::optional<double> scale, c10::string_view masked_rows) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [out, lse, row_max, row_sum] =
-        torch_gated_attn::forward(query, key, value, gate, bias, mask, scale, masked_rows);
-    ctx->save_for_backward({query, key, value, or_undefined(gate), or_undefined(bias), or_undefined(mask), out,
-                            row_max, row_sum});
+    auto [out, lse, row_max, row_sum] = torch_gated_attn::forward(query, key, value, gate, bias, mask, scale, masked_rows);
+    ctx->save_for_backward(
+        {query, key, value, or_undefined(gate), or_undefined(bias), or_undefined(mask), out, row_max, row_sum});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["masked_rows"] = std::string(masked_rows);
     ctx->set_materialize_grads(false);
@@ -52,7 +51,8 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
                                            needs_gate, needs_bias};
     auto [d_query, d_key, d_value, d_gate, d_bias] = torch_gated_attn::backward(
         or_none(grad_out), or_none(grad_lse), saved[0], saved[1], saved[2], or_none(gate), or_none(bias), or_none(saved[5]),
-        saved[6], saved[7], saved[8], ctx->saved_data["scale"].toOptional<double>(), ctx->saved_data["masked_rows"].toStringRef(), grad_mask);
+        saved[6], saved[7], saved[8], ctx->saved_data["scale"].toOptional<double>(),
+        ctx->saved_data["masked_rows"].toStringRef(), grad_mask);
     variable_list result = {d_query, d_key, d_value, d_gate, d_bias};
     result.resize(kInputs);
     return result;
@@ -99,7 +99,8 @@ Gradients backward_autograd(const OptionalTensor& grad_out, const OptionalTensor
                             c10::string_view masked_rows, std::array<bool, 5> grad_mask) {
   if (needs_composite(grad_out, grad_lse, query, key, value, gate, bias) ||
       recorded(grad_out, grad_lse, query, key, value, gate, bias)) {
-    check_backward<c10::SymInt>(grad_out, grad_lse, query, key, value, gate, bias, mask, out, row_max, row_sum, masked_rows);
+    check_backward<c10::SymInt>(grad_out, grad_lse, query, key, value, gate, bias, mask, out, row_max, row_sum,
+                                masked_rows);
     return backward_composite(grad_out, grad_lse, query, key, value, gate, bias, mask, scale, masked_rows, grad_mask);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;

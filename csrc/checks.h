@@ -54,7 +54,8 @@ void check_shape(const char* name, const at::Tensor& tensor, const char* target_
   const auto sizes = at::symint::sizes<S>(tensor);
   bool same = sizes.size() == target.size();
   for (size_t d = 0; same && d < sizes.size(); ++d) same = required_equal(sizes[d], target[d]);
-  TORCH_CHECK_VALUE(same, name, " must have shape ", target_dims, " = ", c10::ArrayRef<S>(target), ", but has shape ", sizes);
+  TORCH_CHECK_VALUE(same, name, " must have shape ", target_dims, " = ", c10::ArrayRef<S>(target), ", but has shape ",
+                    sizes);
 }
 
 // Shapes of query [*, H, Q, D], key [*, Hkv, K, D] and value [*, Hkv, K, Dv] against each other.
@@ -63,7 +64,8 @@ void check_query_key_value(const at::Tensor& query, const at::Tensor& key, const
   const auto q = at::symint::sizes<S>(query), k = at::symint::sizes<S>(key), v = at::symint::sizes<S>(value);
   TORCH_CHECK_VALUE(q.size() >= 3, "query must have at least 3 dimensions [*, H, Q, D], but has shape ", q);
   TORCH_CHECK_VALUE(k.size() == q.size(), "key must have as many dimensions as query of shape ", q, ", but has shape ", k);
-  TORCH_CHECK_VALUE(v.size() == q.size(), "value must have as many dimensions as query of shape ", q, ", but has shape ", v);
+  TORCH_CHECK_VALUE(v.size() == q.size(), "value must have as many dimensions as query of shape ", q, ", but has shape ",
+                    v);
   const size_t batch_dims = q.size() - 3, head = batch_dims, length = batch_dims + 1, last = batch_dims + 2;
   for (size_t d = 0; d < batch_dims; ++d) {
     TORCH_CHECK_VALUE(required_equal(k[d], q[d]), "key must have query's batch dimensions ", q.slice(0, batch_dims),
@@ -73,8 +75,10 @@ void check_query_key_value(const at::Tensor& query, const at::Tensor& key, const
   }
   TORCH_CHECK_VALUE(required_equal(k[last], q[last]), "key must have query's head_dim ", q[last],
                     " as its last dimension, but has shape ", k);
-  TORCH_CHECK_VALUE(required_equal(v[head], k[head]), "value must have as many heads as key, ", k[head], ", but has shape ", v);
-  TORCH_CHECK_VALUE(required_equal(v[length], k[length]), "value must have key's length ", k[length], ", but has shape ", v);
+  TORCH_CHECK_VALUE(required_equal(v[head], k[head]), "value must have as many heads as key, ", k[head], ", but has shape ",
+                    v);
+  TORCH_CHECK_VALUE(required_equal(v[length], k[length]), "value must have key's length ", k[length], ", but has shape ",
+                    v);
   if (known_equal(k[head], q[head])) return;
   TORCH_CHECK_VALUE(!known_equal(k[head], S(0)) && required_equal(q[head] % k[head], S(0)),
                     "key must have a number of heads that divides query's ", q[head], ", but has ", k[head]);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Forward and backward as ATen formulas that PyTorch can differentiate any number of times, forwards and backwards. They are
-// written so that no derivative of any order is NaN at a row that attends to no key. Sizes are read as symbols: a plain
+// Forward and backward as ATen formulas that PyTorch can differentiate any number of times, forwards and backwards. They
+// are written so that no derivative of any order is NaN at a row that attends to no key. Sizes are read as symbols: a plain
 // size() would make a traced dimension constant. Arguments have passed checks.h.
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
@@ -57,12 +57,12 @@ struct Attention {
   at::Tensor query, key, value;  // [*, H, Q, D], [*, H, K, D], [*, H, K, Dv]; zero at keys that no query attends to
   at::Tensor gate;               // sigmoid, or undefined
   at::Scalar scale;
-  at::Scalar keys;               // K, or 1 if there is none
-  at::Tensor dead;               // [*, H, Q, 1] the row attends to no key
-  at::Tensor shift, sum;         // [*, H, Q, 1] the largest logit; sum_j exp(s_ij - shift)
-  at::Tensor probabilities;      // [*, H, Q, K], zero in dead rows
-  at::Tensor attended;           // [*, H, Q, Dv] probabilities * value
-  at::Tensor result;             // [*, H, Q, Dv] attended, or what masked_rows puts into dead rows
+  at::Scalar keys;           // K, or 1 if there is none
+  at::Tensor dead;           // [*, H, Q, 1] the row attends to no key
+  at::Tensor shift, sum;     // [*, H, Q, 1] the largest logit; sum_j exp(s_ij - shift)
+  at::Tensor probabilities;  // [*, H, Q, K], zero in dead rows
+  at::Tensor attended;       // [*, H, Q, Dv] probabilities * value
+  at::Tensor result;         // [*, H, Q, Dv] attended, or what masked_rows puts into dead rows
 };
 
 Attention attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,

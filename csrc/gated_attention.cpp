@@ -82,8 +82,9 @@ Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_ls
 namespace {
 
 [[noreturn]] void refuse_cuda(const c10::OperatorHandle&, torch::jit::Stack*) {
-  TORCH_CHECK(false, "query is on a CUDA device, but this build of torch_gated_attn has no CUDA kernels: rebuild it with "
-                     "TORCH_GATED_ATTN_CUDA=1 where nvcc and a CUDA build of torch are installed");
+  TORCH_CHECK(false,
+              "query is on a CUDA device, but this build of torch_gated_attn has no CUDA kernels: rebuild it with "
+              "TORCH_GATED_ATTN_CUDA=1 where nvcc and a CUDA build of torch are installed");
 }
 
 }  // namespace

@@ -8,18 +8,18 @@
 namespace torch_gated_attn {
 namespace {
 
-ForwardResult forward_meta(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                           const OptionalTensor& bias, const OptionalTensor& mask, std::optional<double> /*scale*/,
-                           c10::string_view masked_rows) {
+ForwardResult forward_meta(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,
+                           std::optional<double> /*scale*/, c10::string_view masked_rows) {
   check_forward<c10::SymInt>(query, key, value, gate, bias, mask, masked_rows);
   return empty_forward<c10::SymInt>(query, value);
 }
 
 Gradients backward_meta(const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& query,
-                        const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate, const OptionalTensor& bias,
-                        const OptionalTensor& mask, const at::Tensor& out, const at::Tensor& row_max,
-                        const at::Tensor& row_sum, std::optional<double> /*scale*/, c10::string_view masked_rows,
-                        std::array<bool, 5> grad_mask) {
+                        const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
+                        const OptionalTensor& bias, const OptionalTensor& mask, const at::Tensor& out,
+                        const at::Tensor& row_max, const at::Tensor& row_sum, std::optional<double> /*scale*/,
+                        c10::string_view masked_rows, std::array<bool, 5> grad_mask) {
   check_backward<c10::SymInt>(grad_out, grad_lse, query, key, value, gate, bias, mask, out, row_max, row_sum, masked_rows);
   return empty_gradients<c10::SymInt>(query, key, value, gate, bias, grad_mask);
 }

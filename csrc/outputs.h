@@ -87,8 +87,8 @@ ForwardResult empty_forward(const at::Tensor& query, const at::Tensor& value) {
 // Gradients have the shape and dtype of their input: in its memory order, but contiguous for the bias, whose gradient is
 // summed from contiguous blocks. Those nobody asked for, or of an absent input, are undefined.
 template <typename S>
-Gradients empty_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                          const OptionalTensor& bias, std::array<bool, 5> grad_mask) {
+Gradients empty_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                          const OptionalTensor& gate, const OptionalTensor& bias, std::array<bool, 5> grad_mask) {
   const auto like = [](bool wanted, const at::Tensor& input) {
     return wanted ? empty_in_order_of<S>(input, at::symint::sizes<S>(input)) : at::Tensor();
   };

@@ -43,6 +43,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "train"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_cpp_program_trains_as_python_does(program: Path, tmp_path: Path) -> None:
     module = torch_gated_attn.GatedAttention(8, 2, zero_init=False, q_bias=True)
     q_data, bias, mask = torch.randn(3, 5, 8), torch.randn(2, 5, 5), torch.rand(3, 1, 5) > 0.3

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The extension module _C. Loading it registers the operators; what Python can ask it are facts of the build, never tensors.
+// The extension module _C. Loading it registers the operators; what Python can ask it are facts of the build, never
+// tensors.
 #include <pybind11/pybind11.h>
 
 #include "../cpu/dispatch.h"

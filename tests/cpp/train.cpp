@@ -2,9 +2,9 @@
 //
 // train MODULE INPUTS LEARNING_RATE
 //
-// Loads a scripted GatedAttention and the tensors (q_data, bias, mask) that Python saved, takes one step of gradient descent
-// on the mean square of the result, and prints every gradient, in full precision, and the loss before and after. Then the
-// public C++ function attends q_data to itself. A line: a name, then its numbers.
+// Loads a scripted GatedAttention and the tensors (q_data, bias, mask) that Python saved, takes one step of gradient
+// descent on the mean square of the result, and prints every gradient, in full precision, and the loss before and after.
+// Then the public C++ function attends q_data to itself. A line: a name, then its numbers.
 #include <gated_attention.h>
 #include <torch/optim/sgd.h>
 #include <torch/script.h>
@@ -27,7 +27,10 @@ void print(const std::string& name, const at::Tensor& tensor) {
 std::vector<at::Tensor> load_tensors(const char* path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  return torch::pickle_load(bytes).toTensorVector();
+  const torch::jit::IValue list = torch::jit::pickle_load(bytes);
+  std::vector<at::Tensor> tensors;
+  for (const auto& item : list.toListRef()) tensors.push_back(item.toTensor());
+  return tensors;
 }
 
 }  // namespace
