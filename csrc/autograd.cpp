@@ -87,6 +87,10 @@ ForwardResult forward_autograd(const at::Tensor& query, const at::Tensor& key, c
     check_forward<c10::SymInt>(query, key, value, gate, bias, mask, masked_rows);
     return forward_composite(query, key, value, gate, bias, mask, scale, masked_rows);
   }
+  if (!recorded(query, key, value, gate, bias)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;  // without the Function a call is 3 to 5 us shorter
+    return forward(query, key, value, gate, bias, mask, scale, masked_rows);
+  }
   const auto results = GatedAttention::apply(query, key, value, gate, bias, mask, scale, masked_rows);
   return {results[0], results[1], results[2], results[3]};
 }
