@@ -17,7 +17,6 @@ struct ForwardBlock {
   A* o;        // [value_dim][kBlock]
   A* sum;      // [kBlock]
   A* shift;    // [kBlock], log2 units
-  A* scores;   // [kTileKeys][kBlock]
   int head_dim, value_dim;
 
   __attribute__((noinline, cold)) void rescale(const Vec<A>* highest) const {
@@ -30,35 +29,33 @@ struct ForwardBlock {
     }
   }
 
-  // Adds `count` keys: a multiple of kMicroKeys, at most kTileKeys.
+  // Adds `count` keys, a multiple of kMicroKeys.
   void add_keys(const A* const* k, const A* const* v, const A* table, const int32_t* table_row, int count) const {
-    Vec<A> highest[NQ];
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) highest[u] = set1<A>(kLowest<A>);
+    Vec<A> l[NQ];
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) l[u] = load(sum + u * W);
     for (int i = 0; i < count; i += kMicroKeys) {
-      Vec<A> s[kMicroKeys][NQ];
+      Vec<A> s[kMicroKeys][NQ], m[NQ], highest[NQ];
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
         TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] = load(table + static_cast<int64_t>(table_row[i + j]) * kBlock + u * W);
       add_dot<A, NQ>(s, k + i, q, head_dim);
+      bool raise = false;
+      TGA_UNROLL for (int u = 0; u < NQ; ++u) {
+        m[u] = load(shift + u * W);
+        highest[u] = max(s[0][u], m[u]);
+        TGA_UNROLL for (int j = 1; j < kMicroKeys; ++j) highest[u] = max(s[j][u], highest[u]);
+        raise |= any_greater(highest[u], m[u] + set1<A>(kHeadroom));
+      }
+      if (__builtin_expect(raise, 0)) {
+        TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, l[u]);
+        rescale(highest);
+        TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W), l[u] = load(sum + u * W);
+      }
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
         TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-          highest[u] = max(s[j][u], highest[u]);
-          store(scores + (i + j) * kBlock + u * W, s[j][u]);
+          s[j][u] = exp2<A>(s[j][u] - m[u]);
+          l[u] += s[j][u];
         }
-    }
-    bool raise = false;
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) raise |= any_greater(highest[u], load(shift + u * W) + set1<A>(kHeadroom));
-    if (__builtin_expect(raise, 0)) rescale(highest);
-
-    Vec<A> m[NQ], l[NQ];
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W), l[u] = load(sum + u * W);
-    for (int i = 0; i < count; i += kMicroKeys) {
-      Vec<A> p[kMicroKeys][NQ];
-      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-        TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-          p[j][u] = exp2<A>(load(scores + (i + j) * kBlock + u * W) - m[u]);
-          l[u] += p[j][u];
-        }
-      add_outer<A, NQ>(o, p, v + i, value_dim);
+      add_outer<A, NQ>(o, s, v + i, value_dim);
     }
     TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, l[u]);
   }
@@ -79,7 +76,6 @@ class ForwardUnit {
         o_(c.take<A>(max_lanes * p.value_dim)),
         sum_(c.take<A>(max_lanes)),
         shift_(c.take<A>(max_lanes)),
-        scores_(c.take<A>(kTileKeys * kBlock)),
         mean_(c.take<A>(p.value_dim)) {}
 
   void run(const ForwardUnitOfWork& w) {
@@ -87,9 +83,12 @@ class ForwardUnit {
     lanes_.fill(w.first_query, w.end_query, p_.q_len, kBlock);
     const Offsets shared(p_, w.outer * p_.rows);
     build_table<T>(table_, p_, shared, head_, lanes_);
+    Offsets batch(p_, w.outer * p_.rows + w.row_begin);
     for (int64_t r = w.row_begin; r < w.row_end; ++r) {
       const bool last = r + 1 == w.row_end;
-      run_row(w, Offsets(p_, w.outer * p_.rows + r), Offsets(p_, w.outer * p_.rows + (last ? r : r + 1)), last);
+      const Offsets next = last ? batch : Offsets(p_, w.outer * p_.rows + r + 1);
+      run_row(w, batch, next, last);
+      batch = next;
     }
   }
 
@@ -127,8 +126,7 @@ class ForwardUnit {
   }
 
   ForwardBlock<A, NQ> block(int s) const {
-    return {q_ + s * kBlock * head_dim_, o_ + s * kBlock * value_dim_, sum_ + s * kBlock, shift_ + s * kBlock, scores_,
-            head_dim_,                   value_dim_};
+    return {q_ + s * kBlock * head_dim_, o_ + s * kBlock * value_dim_, sum_ + s * kBlock, shift_ + s * kBlock, head_dim_, value_dim_};
   }
 
   // Normalises, gates and stores the W lanes from lane u.
@@ -184,6 +182,5 @@ class ForwardUnit {
   Keys<T, A> keys_;
   A *q_, *o_;         // [sub-block][dimension][kBlock]
   A *sum_, *shift_;   // [lane]
-  A* scores_;         // [kTileKeys][kBlock]
   A* mean_;           // [value_dim]
 };

@@ -14,6 +14,7 @@
 #include "forward.h"
 #include "backward.h"
 #include "backward_unit.h"
+#include "few_queries.h"
 
 // Two vectors of queries per sub-block; one where the call has no more queries than that.
 template <class A, class F>
@@ -38,28 +39,40 @@ static int block(const Problem& p) {
   return with_types(p, [](auto, auto a, auto nq) { return kLanes<decltype(a)> * nq.value; });
 }
 static int64_t forward_scratch(const Problem& p, int max_lanes) {
-  return with_types(p, [&](auto t, auto a, auto nq) {
-    Carver c(nullptr);
-    ForwardUnit<decltype(t), decltype(a), nq.value> unit(p, max_lanes, c);
-    return c.used();
+  Carver c(nullptr);
+  with_types(p, [&](auto t, auto a, auto nq) {
+    if (has_few_queries(p))
+      FewQueriesForward<decltype(t), decltype(a)>(p, c);
+    else
+      ForwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, c);
   });
+  return c.used();
 }
 static void forward(const Problem& p, const ForwardUnitOfWork& work, int max_lanes, char* scratch) {
+  Carver c(scratch);
   with_types(p, [&](auto t, auto a, auto nq) {
-    Carver c(scratch);
-    ForwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, c).run(work);
+    if (has_few_queries(p))
+      FewQueriesForward<decltype(t), decltype(a)>(p, c).run(work);
+    else
+      ForwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, c).run(work);
   });
 }
 static int64_t backward_scratch(const Problem& p, int max_lanes, int64_t rows) {
-  return with_types(p, [&](auto t, auto a, auto nq) {
-    Carver c(nullptr);
-    BackwardUnit<decltype(t), decltype(a), nq.value> unit(p, max_lanes, rows, c);
-    return c.used();
+  Carver c(nullptr);
+  with_types(p, [&](auto t, auto a, auto nq) {
+    if (has_few_queries(p))
+      FewQueriesBackward<decltype(t), decltype(a)>(p, c);
+    else
+      BackwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, rows, c);
   });
+  return c.used();
 }
 static void backward(const Problem& p, const BackwardUnitOfWork& work, int max_lanes, int64_t rows, char* scratch) {
+  Carver c(scratch);
   with_types(p, [&](auto t, auto a, auto nq) {
-    Carver c(scratch);
-    BackwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, rows, c).run(work);
+    if (has_few_queries(p))
+      FewQueriesBackward<decltype(t), decltype(a)>(p, c).run(work);
+    else
+      BackwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, rows, c).run(work);
   });
 }

@@ -5,7 +5,7 @@
 // case with more lanes. Transposed tiles, [head_dim or key][lane], are what the products read.
 
 constexpr int kMaxLanes = 256;  // of a super-block: enough to use every loaded key and value tile eight times
-constexpr int kTileKeys = 32;   // keys of a tile: its scores, [32][32] floats, are 4 KiB of the first-level cache
+constexpr int kTileKeys = 32;   // keys of a tile, whose rows stay in the first-level cache over all sub-blocks
 
 struct Lane {
   int32_t head, row;  // head within the key/value group, query position

@@ -12,6 +12,7 @@
 #include "../checks.h"
 #include "../describe.h"
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "ordered_sum.h"
 #include "schedule.h"
 
@@ -25,7 +26,7 @@ template <class F>
 void run_units(int64_t units, int64_t scratch_bytes, const F& f) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), units);
   // Once per call: the page faults of fresh memory would cost more than a tile's arithmetic.
-  const at::Tensor scratch = at::empty({threads, scratch_bytes}, at::kByte);
+  const at::Tensor scratch = prefer_huge_pages(at::empty({threads, scratch_bytes}, at::kByte));
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
@@ -52,6 +53,7 @@ ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const 
   check_forward<int64_t>(query, key, value, gate, bias, mask, masked_rows);
   ForwardResult result = empty_forward<int64_t>(query, value);
   auto& [out, lse, row_max, row_sum] = result;
+  prefer_huge_pages(out);
   if (lse.numel() == 0) return result;
   if (key.size(-2) == 0) {
     out.zero_(), row_max.zero_(), row_sum.zero_();
@@ -87,6 +89,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   check_backward<int64_t>(grad_out, grad_lse, query, key, value, gate, bias, mask, out, row_max, row_sum, masked_rows);
   Gradients result = empty_gradients<int64_t>(query, key, value, gate, bias, grad_mask);
   auto& [d_query, d_key, d_value, d_gate, d_bias] = result;
+  for (const at::Tensor* t : {&d_query, &d_key, &d_value, &d_gate, &d_bias}) prefer_huge_pages(*t);
   if (row_sum.numel() == 0 || key.size(-2) == 0) {
     for (at::Tensor* t : {&d_query, &d_key, &d_value, &d_gate, &d_bias})
       if (t->defined()) t->zero_();
@@ -120,7 +123,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
     } else {
       auto sizes = d_bias.sizes().vec();
       sizes.insert(sizes.begin(), slices);
-      partials = at::empty(sizes, row_sum.options());
+      partials = prefer_huge_pages(at::empty(sizes, row_sum.options()));
       o.d_bias = partials[0];
     }
     p = describe(o, scale, masked_rows);

@@ -5,7 +5,8 @@
 
 class Prefetch {
  public:
-  explicit Prefetch(int steps) : steps_(steps) {}
+  // No step at all where no key is attended.
+  explicit Prefetch(int steps) : steps_(steps > 0 ? steps : 1) {}
 
   template <class T>
   void keys(const T* base, const View& v, int64_t rows, int64_t dim) {

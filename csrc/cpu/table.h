@@ -65,15 +65,11 @@ struct Table {
   template <class B>
   void build_block(const B* bias, const uint8_t* mask, const Lane* lane, A* table) const {
     constexpr int W = kLanes<A>;
-    const Vec<A> low = set1<A>(kLowest<A>), high = -low;
     for (int u = 0; u < block; u += W) {
       if (bias) transpose_rows<B, A>(bias, p.bias, lane + u, static_cast<int>(p.k_len), 1, table + u, block);
       for (int64_t k = 0; k < p.k_len; ++k) {
-        const Vec<A> x = bias ? load(table + k * block + u) : Vec<A>{};
-        const Vec<A> scaled = x * set1<A>(static_cast<A>(kLog2E));
-        // A finite bias stays finite: finfo.min is a logit like any other. -inf, +inf and NaN pass.
-        const Vec<A> clamped = scaled < low ? low : (scaled > high ? high : scaled);
-        store(table + k * block + u, ((x >= low) & (x <= high)) ? clamped : x);
+        A* t = table + k * block + u;
+        store(t, bias ? log2_logit<A>(load(t)) : Vec<A>{});
       }
       store(table + p.k_len * block + u, set1<A>(-kInf<A>));
     }

@@ -87,3 +87,11 @@ TGA_INLINE Sigmoid<A> sigmoid(Vec<A> x) {
   const VecBits<A> below = x < Vec<A>{};
   return {below ? small : large, below ? large : small};
 }
+
+// A logit in log2 units. A finite one stays finite: finfo.min is a logit like any other. Infinities and NaN pass.
+template <class A>
+TGA_INLINE Vec<A> log2_logit(Vec<A> x) {
+  const Vec<A> low = set1<A>(kLowest<A>), high = -low, scaled = x * set1<A>(static_cast<A>(kLog2E));
+  const Vec<A> clamped = scaled < low ? low : (scaled > high ? high : scaled);
+  return ((x >= low) & (x <= high)) ? clamped : x;
+}
