@@ -4,13 +4,6 @@
 // A lane per query would leave most lanes idle, so here a lane is a dimension: scores are horizontal sums, every key and
 // value is read once, and a row of scores is the only scratch. The formulas are those of forward.h and backward.h.
 
-constexpr int kFewQueries = 4;
-
-// Whether this path takes the call. A bias gradient is summed over rows by the general kernels alone.
-static inline bool has_few_queries(const Problem& p) {
-  return p.heads / p.kv_heads * p.q_len <= kFewQueries && !p.d_bias.data;
-}
-
 // One query: its attended keys and their scores.
 template <class T, class A>
 class QueryScores {
@@ -74,13 +67,15 @@ class QueryScores {
 
 // Asks for the next row's keys and values; a row with many of them is long enough for the hardware to follow.
 template <class T>
-static inline void prefetch_keys(const Problem& p, const Offsets& next, int64_t kv_head) {
+static inline void prefetch_keys(const Problem& p, const Offsets& next) {
   constexpr int64_t kMostKeys = 32;
   if (p.k_len > kMostKeys) return;
-  Prefetch prefetch(1);
-  prefetch.keys(at<const T>(p.key, next.key, kv_head), p.key, p.k_len, p.head_dim);
-  prefetch.keys(at<const T>(p.value, next.value, kv_head), p.value, p.k_len, p.value_dim);
-  prefetch.step();
+  for (int64_t head = 0; head < p.kv_heads; ++head) {
+    Prefetch prefetch(1);
+    prefetch.keys(at<const T>(p.key, next.key, head), p.key, p.k_len, p.head_dim);
+    prefetch.keys(at<const T>(p.value, next.value, head), p.value, p.k_len, p.value_dim);
+    prefetch.step();
+  }
 }
 
 template <class T, class A>
@@ -100,15 +95,16 @@ class FewQueriesForward {
   void run(const ForwardUnitOfWork& w) {
     Lanes lanes;
     lanes.fill(w.first_query, w.end_query, p_.q_len, 1);
-    const int64_t head = w.kv_head * (p_.heads / p_.kv_heads);
+    const int64_t group = p_.heads / p_.kv_heads;
     Offsets next(p_, w.outer * p_.rows + w.row_begin);
     for (int64_t r = w.row_begin; r < w.row_end; ++r) {
       const Offsets batch = next;
       if (r + 1 < w.row_end) {
         next = Offsets(p_, w.outer * p_.rows + r + 1);
-        prefetch_keys<T>(p_, next, w.kv_head);
+        prefetch_keys<T>(p_, next);
       }
-      for (int i = 0; i < lanes.count; ++i) run_query(batch, w.kv_head, head, lanes.lane[i]);
+      for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head)
+        for (int i = 0; i < lanes.count; ++i) run_query(batch, kv_head, kv_head * group, lanes.lane[i]);
     }
   }
 
@@ -157,17 +153,19 @@ class FewQueriesBackward {
   void run(const BackwardUnitOfWork& w) {
     Lanes lanes;
     lanes.fill(0, p_.heads / p_.kv_heads * p_.q_len, p_.q_len, 1);
-    const int64_t head = w.kv_head * (p_.heads / p_.kv_heads);
+    const int64_t group = p_.heads / p_.kv_heads;
     Offsets next(p_, w.outer * p_.rows + w.row_begin);
     for (int64_t r = w.row_begin; r < w.row_end; ++r) {
       const Offsets batch = next;
       if (r + 1 < w.row_end) {
         next = Offsets(p_, w.outer * p_.rows + r + 1);
-        prefetch_keys<T>(p_, next, w.kv_head);
+        prefetch_keys<T>(p_, next);
       }
-      rows_.clear(p_);
-      for (int i = 0; i < lanes.count; ++i) run_query(batch, w.kv_head, head, lanes.lane[i]);
-      rows_.write(p_, batch, w.kv_head);
+      for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
+        rows_.clear(p_);
+        for (int i = 0; i < lanes.count; ++i) run_query(batch, kv_head, kv_head * group, lanes.lane[i]);
+        rows_.write(p_, batch, kv_head);
+      }
     }
   }
 

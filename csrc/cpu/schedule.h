@@ -24,6 +24,9 @@ inline int super_block(int64_t queries, int block, int64_t bytes_per_query) {
   return static_cast<int>(n);
 }
 
+// Key/value heads that are units of their own.
+inline int64_t head_units(const Problem& p) { return has_few_queries(p) ? 1 : p.kv_heads; }
+
 struct ForwardSchedule {
   int max_lanes;
   int64_t super_blocks, row_groups, rows_per_group;
@@ -32,16 +35,16 @@ struct ForwardSchedule {
     const int64_t queries = p.heads / p.kv_heads * p.q_len;
     max_lanes = super_block(queries, block, shares_logits(p) ? p.k_len * element_size : 0);
     super_blocks = ceil_div(queries, max_lanes);
-    const int64_t units = p.outer * p.kv_heads * super_blocks;
+    const int64_t units = p.outer * head_units(p) * super_blocks;
     rows_per_group = ceil_div(p.rows, std::min(p.rows, ceil_div(kUnitsPerThread * threads, units)));
     row_groups = ceil_div(p.rows, rows_per_group);
   }
-  int64_t units(const Problem& p) const { return p.outer * p.kv_heads * super_blocks * row_groups; }
+  int64_t units(const Problem& p) const { return p.outer * head_units(p) * super_blocks * row_groups; }
   ForwardUnitOfWork unit(const Problem& p, int64_t i) const {
     const int64_t group = i % row_groups, block = i / row_groups % super_blocks, head = i / row_groups / super_blocks;
     const int64_t queries = p.heads / p.kv_heads * p.q_len;
-    return {head / p.kv_heads,
-            head % p.kv_heads,
+    return {head / head_units(p),
+            head % head_units(p),
             block * max_lanes,
             std::min(queries, (block + 1) * max_lanes),
             group * rows_per_group,
@@ -58,17 +61,17 @@ struct BackwardSchedule {
     // 32 units keep as many threads busy. Each group of rows costs one more logit table and partial sum of d_bias, which 16
     // rows make cheap.
     constexpr int64_t kUnitsWithPartials = 32, kRowsPerPartial = 16;
-    const int64_t heads = p.outer * p.kv_heads;
+    const int64_t heads = p.outer * head_units(p);
     const int64_t groups = with_bias_gradient
                                ? std::min(ceil_div(kUnitsWithPartials, heads), ceil_div(p.rows, kRowsPerPartial))
                                : ceil_div(kUnitsPerThread * threads, heads);
     rows_per_group = ceil_div(p.rows, std::min(p.rows, groups));
     row_groups = ceil_div(p.rows, rows_per_group);
   }
-  int64_t units(const Problem& p) const { return p.outer * p.kv_heads * row_groups; }
+  int64_t units(const Problem& p) const { return p.outer * head_units(p) * row_groups; }
   BackwardUnitOfWork unit(const Problem& p, int64_t i) const {
     const int64_t group = i % row_groups, head = i / row_groups;
-    return {head / p.kv_heads, head % p.kv_heads, group * rows_per_group, std::min(p.rows, (group + 1) * rows_per_group), 0};
+    return {head / head_units(p), head % head_units(p), group * rows_per_group, std::min(p.rows, (group + 1) * rows_per_group), 0};
   }
 };
 
