@@ -10,7 +10,7 @@ import torch
 from inputs import draw
 
 import torch_gated_attn
-from torch_gated_attn import GatedAttention, reference
+from torch_gated_attn import _C, GatedAttention, reference
 
 B, H, Q, K, D, DV = 2, 4, 3, 5, 8, 6
 
@@ -217,14 +217,13 @@ def test_more_batch_dimensions_than_can_be_merged():
     assert "\n" not in str(raised.value).strip()
 
 
+@pytest.mark.skipif(_C.cuda_version is not None, reason="this build has CUDA kernels")
 def test_cuda_without_cuda_kernels():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    forward = "torch_gated_attn::_gated_attention_forward"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(forward, "CUDA"):
-        from torch_gated_attn import _C
-
-        assert _C is not None
+    forward = torch.ops.torch_gated_attn._gated_attention_forward.default
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    message = "query is on a CUDA device, but this build of torch_gated_attn has no CUDA kernels: rebuild it with "
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        forward.redispatch(cuda, *arguments().values(), None, "zero")
 
 
 def test_incoming_gradient_of_another_shape():
