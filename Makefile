@@ -23,6 +23,9 @@ TOOLS := $(VENV)/.tools
 BUILT := $(VENV)/.built
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
+# The build looks for ninja, and a test for cmake, on the PATH.
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
 
