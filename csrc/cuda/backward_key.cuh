@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Backward, key-stationary: dK and dV.
+//
+// A block owns kRows keys of one key/value head, each of its teams for a batch row of its own, and walks the query tiles of
+// all query heads of that group: keys, values, dK and dV stay in registers. Scores are computed transposed, so that keys
+// are the rows of every fragment: P^T and dS^T come out as the operands of the two sums, and a masked key only spoils its
+// own row of dK and dV, which is set to zero at the end. The teams meet the same bias, which reaches them once through L1.
+#pragma once
+
+#include "reordered_bias.cuh"
+#include "scores_backward.cuh"
+
+namespace torch_gated_attn::cuda {
+
+// Ring of stages with a tile of queries, of dO and of row terms.
+template <class T>
+class QueryRing {
+  using Copy = TileCopy<T, T::kThreads>;
+
+ public:
+  static constexpr uint32_t kTermBytes = T::kBlock * 16;
+  static constexpr uint32_t kStageBytes = 2 * T::kTileBytes + kTermBytes;
+
+  TGA_DEVICE QueryRing(const BackwardParams& p, int thread, uint32_t base)
+      : copy_(thread), thread_(thread), base_(base), query_bytes_(chunk_bytes(copy_.chunk, p.head_dim)) {}
+
+  // Begins with the queries of a head; `exists` false brings zeros.
+  TGA_DEVICE void begin_head(const BackwardParams& p, const uint16_t* query, int64_t entry, bool exists) {
+    query_ = reinterpret_cast<const char*>(query + copy_.row * p.query.row + copy_.chunk * 8);
+    grad_ = reinterpret_cast<const char*>(p.core_grad + (entry * p.q_padded + copy_.row) * T::kHeadDim + copy_.chunk * 8);
+    terms_ = reinterpret_cast<const char*>(p.row_terms + entry * p.q_padded * 4 + thread_ * 4);
+    write_ = read_ = base_;
+    row_ = copy_.row;
+    end_ = exists ? p.q_len : 0;
+  }
+
+  TGA_DEVICE void copy_tile(const BackwardParams& p) {
+    constexpr int kStep = Copy::kRowsPerPass;
+    TGA_UNROLL
+    for (int pass = 0; pass < Copy::kPasses; ++pass) {
+      if (!copy_.has(pass)) {
+        continue;
+      }
+      const uint32_t at = write_ + copy_.shared_offset + pass * kStep * T::kRowBytes;
+      copy_chunk<!T::kGeneral>(at, query_ + row_offset<T::kGeneral>(pass * kStep, p.query.row),
+                               row_ + pass * kStep < end_ ? query_bytes_ : 0, p.aligned);
+      dev::copy_async(at + T::kTileBytes, grad_ + pass * kStep * T::kHeadDim * 2, true);
+    }
+    if (thread_ < T::kBlock) {
+      dev::copy_async(write_ + 2 * T::kTileBytes + thread_ * 16, terms_, true);
+    }
+    row_ += T::kBlock;
+    query_ += row_offset<T::kGeneral>(T::kBlock, p.query.row);
+    grad_ += T::kBlock * T::kHeadDim * 2;
+    terms_ += kTermBytes;
+    advance(write_);
+  }
+
+  TGA_DEVICE uint32_t next_read() {
+    const uint32_t stage = read_;
+    advance(read_);
+    return stage;
+  }
+
+ private:
+  TGA_DEVICE void advance(uint32_t& stage) {
+    stage += T::kTeams * kStageBytes;
+    if (stage == base_ + T::kStages * T::kTeams * kStageBytes) {
+      stage = base_;
+    }
+  }
+
+  const Copy copy_;
+  const int thread_;
+  const uint32_t base_;
+  const int query_bytes_;
+  uint32_t write_ = 0, read_ = 0;
+  int row_ = 0, end_ = 0;
+  const char *query_ = nullptr, *grad_ = nullptr, *terms_ = nullptr;
+};
+
+template <class T>
+struct KeyBlock {
+  static constexpr uint32_t kSharedBytes = T::kStages * T::kTeams * QueryRing<T>::kStageBytes;
+};
+
+// Adds to every dV row what fully masked queries give it under masked_rows = "mean": their dO / K.
+template <class T>
+TGA_DEVICE void add_mean_rows(float (&d_value)[T::kRowTiles][T::kCols][4], const BackwardParams& p, int64_t entry) {
+  const Lane lane = this_lane();
+  float sum[T::kCols][2] = {};
+  for (int query = lane.row; query < p.q_len; query += 8) {
+    if (load_row_terms(p.row_terms + entry * p.q_padded * 4, query).shift != INFINITY) {
+      continue;
+    }
+    const uint16_t* row = p.core_grad + (entry * p.q_padded + query) * T::kHeadDim + lane.pair * 2;
+    TGA_UNROLL
+    for (int n = 0; n < T::kCols; ++n) {
+      const Float2 v = dev::unpack<T::kType>(dev::load_global<uint32_t>(row + n * 8));
+      sum[n][0] += v.x;
+      sum[n][1] += v.y;
+    }
+  }
+  TGA_UNROLL
+  for (int n = 0; n < T::kCols; ++n) {
+    TGA_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      TGA_UNROLL
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        sum[n][e] += dev::shuffle_xor(sum[n][e], lanes);
+      }
+      TGA_UNROLL
+      for (int m = 0; m < T::kRowTiles; ++m) {
+        d_value[m][n][e] += sum[n][e] / p.k_len;
+        d_value[m][n][2 + e] += sum[n][e] / p.k_len;
+      }
+    }
+  }
+}
+
+template <class T>
+TGA_KERNEL(T::kBlockThreads, 1)
+backward_key_kernel(TGA_PARAMS BackwardParams p) {
+  const Lane lane = this_lane();
+  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
+  int64_t index = p.first_block + dev::block_index();
+  const int key_tiles = (p.k_len + T::kRows - 1) / T::kRows;
+  const int first_key = static_cast<int>(index % key_tiles) * T::kRows + warp * 16 * T::kRowTiles;
+  index /= key_tiles;
+  const int64_t groups = (p.batch.rows + T::kTeams - 1) / T::kTeams;
+  const int64_t row = index % groups * T::kTeams + team;
+  index /= groups;
+  const int kv_head = static_cast<int>(index % p.kv_heads), heads_per_kv = p.heads / p.kv_heads;
+  const int64_t slab_number = index / p.kv_heads;
+  const SlabIndex slab = slab_index(p.batch, slab_number);
+  const bool exists = row < p.batch.rows;
+  const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+
+  // Rows whose key no query attends: they hold anything, and get zeros. A mask that differs between queries is left to the
+  // scores; one that differs between the heads of a group only goes to kGeneral, which asks the scores as well.
+  bool attended[T::kRowTiles][2];
+  TGA_UNROLL
+  for (int m = 0; m < T::kRowTiles; ++m) {
+    TGA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int key = first_key + m * 16 + lane.row + 8 * i;
+      attended[m][i] = exists && key < p.k_len;
+      if (attended[m][i] && p.mask.data != nullptr && p.mask.row == 0) {
+        bool any_head = false;
+        for (int h = 0; h < (p.mask.head == 0 ? 1 : heads_per_kv); ++h) {
+          any_head |=
+              dev::load_global<uint8_t>(static_cast<const uint8_t*>(p.mask.data) +
+                                        p.mask.offset(slab, row, kv_head * heads_per_kv + h) + key * p.mask.col) != 0;
+        }
+        attended[m][i] = any_head;
+      }
+    }
+  }
+
+  uint32_t key[T::kRowTiles][T::kSteps][4], value[T::kRowTiles][T::kSteps][4];
+  float d_key[T::kRowTiles][T::kCols][4], d_value[T::kRowTiles][T::kCols][4];
+  TGA_UNROLL
+  for (int m = 0; m < T::kRowTiles; ++m) {
+    load_rows<T::kSteps>(key[m], half_rows<T>(p.key, slab, row, kv_head), p.key.row, first_key + m * 16,
+                         exists ? p.k_len : 0, p.head_dim, !T::kGeneral || p.aligned);
+    load_rows<T::kSteps>(value[m], half_rows<T>(p.value, slab, row, kv_head), p.value.row, first_key + m * 16,
+                         exists ? p.k_len : 0, p.value_dim, !T::kGeneral || p.aligned);
+    TGA_UNROLL
+    for (int step = 0; step < T::kSteps; ++step) {
+      TGA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        key[m][step][i] = attended[m][i % 2] ? key[m][step][i] : 0u;
+        value[m][step][i] = attended[m][i % 2] ? value[m][step][i] : 0u;
+      }
+    }
+    if (!T::kGeneral && p.scale < 0) {
+      negate<T::kSteps>(key[m]);
+    }
+    TGA_UNROLL
+    for (int n = 0; n < T::kCols; ++n) {
+      TGA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        d_key[m][n][i] = d_value[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  QueryRing<T> ring(p, thread, dev::shared_base() + team * QueryRing<T>::kStageBytes);
+  const int query_tiles = (p.q_len + T::kBlock - 1) / T::kBlock;
+  for (int h = 0; h < heads_per_kv; ++h) {
+    const int head = kv_head * heads_per_kv + h;
+    dev::sync_block();  // the last head's tiles are no longer read
+    ring.begin_head(p, half_rows<T>(p.query, slab, row, head), scratch_entry(p, slab_number, exists ? row : 0, head),
+                    exists);
+    const auto issue = [&](int tile) {
+      if (tile < query_tiles) {
+        ring.copy_tile(p);
+      }
+      dev::commit_copies();
+    };
+    TGA_UNROLL
+    for (int tile = 0; tile < T::kStages - 1; ++tile) {
+      issue(tile);
+    }
+    BiasAlongQueries<T> bias_rows(p, bias_entry(p, slab_number, head), first_key);
+    const GeneralLogits<T::kType> logits(p, slab, row, head);
+    for (int tile = 0; tile < query_tiles; ++tile) {
+      dev::wait_copies<T::kStages - 2>();
+      dev::sync_block();
+      issue(tile + T::kStages - 1);
+      const uint32_t queries = ring.next_read(), grads = queries + T::kTileBytes;
+      const uint32_t terms = grads + T::kTileBytes + lane.pair * 32;
+      TGA_UNROLL
+      for (int j = 0; j < T::kBlock / 16; ++j) {
+        float bias[T::kRowTiles][2][4];
+        TGA_UNROLL
+        for (int m = 0; T::kBiasFragments && m < T::kRowTiles; ++m) {
+          bias_rows.load(bias[m], j * 16, m);
+        }
+        uint32_t prob[T::kRowTiles][4], d_score[T::kRowTiles][4];
+        TGA_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          uint32_t b[(T::kSteps + 1) / 2][4];
+          float s[T::kRowTiles][4], d_prob[T::kRowTiles][4];
+          load_rows_as_columns<T::kSteps, T::kRowBytes>(b, queries, (2 * j + e) * 8);
+          TGA_UNROLL
+          for (int m = 0; m < T::kRowTiles; ++m) {
+            if constexpr (T::kBiasFragments) {
+              multiply<T::kType, T::kSteps>(s[m], key[m], b, bias[m][e]);
+            } else {
+              const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+              multiply<T::kType, T::kSteps>(s[m], key[m], b, zero);
+            }
+          }
+          const Float4 delta = dev::load_shared<Float4>(terms + (2 * j + e) * 128);
+          const Float2 shift = dev::load_shared<Float2>(terms + (2 * j + e) * 128 + 16);
+          const float negative_delta[4] = {delta.x, delta.y, delta.z, delta.w};
+          load_rows_as_columns<T::kSteps, T::kRowBytes>(b, grads, (2 * j + e) * 8);
+          TGA_UNROLL
+          for (int m = 0; m < T::kRowTiles; ++m) {
+            multiply<T::kType, T::kSteps>(d_prob[m], value[m], b, negative_delta);
+            float x[4], d[4];
+            TGA_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              if constexpr (T::kGeneral) {
+                const int k = first_key + m * 16 + lane.row + i / 2 * 8,
+                          q = tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2;
+                s[m][i] = exists && k < p.k_len && q < p.q_len ? logits(q, k, s[m][i] * (p.scale * kLog2e)) : -INFINITY;
+              }
+              x[i] = dev::exp2(fmaf(s[m][i], factor, -(i % 2 == 0 ? shift.x : shift.y)));
+              d[i] = x[i] * d_prob[m][i];
+            }
+            prob[m][2 * e] = dev::pack<T::kType>(x[0], x[1]);
+            prob[m][2 * e + 1] = dev::pack<T::kType>(x[2], x[3]);
+            d_score[m][2 * e] = dev::pack<T::kType>(d[0], d[1]);
+            d_score[m][2 * e + 1] = dev::pack<T::kType>(d[2], d[3]);
+          }
+        }
+        accumulate_rows<T::kType, T::kCols, T::kRowBytes>(d_value, prob, grads, j * 16);
+        accumulate_rows<T::kType, T::kCols, T::kRowBytes>(d_key, d_score, queries, j * 16);
+      }
+      bias_rows.next_tile();
+    }
+  }
+
+  TGA_UNROLL
+  for (int m = 0; m < T::kRowTiles; ++m) {
+    TGA_UNROLL
+    for (int n = 0; n < T::kCols; ++n) {
+      TGA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        d_key[m][n][i] = attended[m][i / 2] ? d_key[m][n][i] * p.scale : 0.0f;
+        d_value[m][n][i] = attended[m][i / 2] ? d_value[m][n][i] : 0.0f;
+      }
+    }
+  }
+  if (!exists) {
+    return;
+  }
+  for (int h = 0; p.mean_rows && h < heads_per_kv; ++h) {
+    add_mean_rows<T>(d_value, p, scratch_entry(p, slab_number, row, kv_head * heads_per_kv + h));
+  }
+  const auto store = [&](const Operand& to, const float (&d)[T::kRowTiles][T::kCols][4], int cols) {
+    if (to.data == nullptr) {
+      return;
+    }
+    uint16_t* const rows = static_cast<uint16_t*>(to.data) + to.offset(slab, row, kv_head);
+    TGA_UNROLL
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      TGA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int k = first_key + m * 16 + lane.row + 8 * i;
+        TGA_UNROLL
+        for (int n = 0; n < T::kCols; ++n) {
+          if (k < p.k_len) {
+            store_pair<T::kType>(rows + k * to.row, n * 8 + lane.pair * 2, cols, !T::kGeneral || p.aligned, d[m][n][2 * i],
+                                 d[m][n][2 * i + 1]);
+          }
+        }
+      }
+    }
+  };
+  store(p.d_key, d_key, p.head_dim);
+  store(p.d_value, d_value, p.value_dim);
+}
+
+}  // namespace torch_gated_attn::cuda

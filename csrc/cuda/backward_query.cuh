@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Backward, query-stationary: dQ, and dBias summed over batch rows.
+//
+// A block owns kRows queries of one head and walks a chunk of batch rows, kTeams * kGroup at a time: each team of warps
+// keeps queries, dO and dQ of kGroup batch rows in registers while key and value tiles flow by. Within a 16-key piece of a
+// tile the batch rows take turns on the bias fragments, and their dS is summed in registers. Over the whole chunk dBias is
+// kept in a strip of shared memory in fragment order, which each lane only shares with its namesakes of the other teams:
+// the teams walk the tiles rotated, so that between two barriers no two of them touch the same part. The order is fixed by
+// the shapes, no atomics: the sums are the same bits in every run.
+#pragma once
+
+#include "key_value_ring.cuh"
+#include "reordered_bias.cuh"
+#include "scores_backward.cuh"
+
+namespace torch_gated_attn::cuda {
+
+template <class T>
+struct QueryBlock {
+  using Plan = TilePlan<T::kTeams * T::kGroup, T::kBlock, T::kBlockThreads>;
+  using Ring = KeyValueRing<T, Plan, T::kGroup, T::kThreads>;
+  static constexpr uint32_t kStageBytes = T::kTeams * Ring::kStageBytes;
+  static constexpr uint32_t kFixedBytes = Plan::kBytes + T::kStages * kStageBytes;
+
+  static int64_t strip_bytes(int k_len) {
+    return T::kStrip ? int64_t{T::kRows} * ((k_len + T::kBlock - 1) / T::kBlock * T::kBlock) * 4 : 0;
+  }
+  static int64_t shared_bytes(int k_len) { return kFixedBytes + strip_bytes(k_len); }
+};
+
+// One batch row's part of a team's registers.
+template <class T>
+struct QueryState {
+  uint32_t query[T::kRowTiles][T::kSteps][4], grad[T::kRowTiles][T::kSteps][4];
+  float d_query[T::kRowTiles][T::kCols][4];
+  float shift[T::kRowTiles][2], negative_delta[T::kRowTiles][4];
+
+  TGA_DEVICE void load(const BackwardParams& p, const SlabIndex& slab, int64_t slab_number, int64_t batch_row, int head,
+                       int first_query, bool exists) {
+    const int64_t entry = scratch_entry(p, slab_number, exists ? batch_row : 0, head);
+    const float* terms = p.row_terms + entry * p.q_padded * 4;
+    TGA_UNROLL
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      const int first = first_query + m * 16;
+      load_rows<T::kSteps>(query[m], half_rows<T>(p.query, slab, batch_row, head), p.query.row, first, exists ? p.q_len : 0,
+                           p.head_dim, !T::kGeneral || p.aligned);
+      load_rows<T::kSteps>(grad[m], p.core_grad + entry * p.q_padded * T::kHeadDim, T::kHeadDim, first,
+                           exists ? p.q_padded : 0, T::kHeadDim, true);
+      if (!T::kGeneral && p.scale < 0) {
+        negate<T::kSteps>(query[m]);
+      }
+      TGA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const RowTerms row = load_row_terms(terms, first + this_lane().row + 8 * i);
+        shift[m][i] = exists ? row.shift : INFINITY;
+        negative_delta[m][2 * i] = negative_delta[m][2 * i + 1] = exists ? row.negative_delta : 0.0f;
+      }
+      TGA_UNROLL
+      for (int n = 0; n < T::kCols; ++n) {
+        TGA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          d_query[m][n][i] = 0.0f;
+        }
+      }
+    }
+  }
+
+  TGA_DEVICE void store(const BackwardParams& p, const SlabIndex& slab, int64_t batch_row, int head,
+                        int first_query) const {
+    const Lane lane = this_lane();
+    uint16_t* const out = static_cast<uint16_t*>(p.d_query.data) + p.d_query.offset(slab, batch_row, head);
+    TGA_UNROLL
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      TGA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int q = first_query + m * 16 + lane.row + 8 * i;
+        if (q >= p.q_len) {
+          continue;
+        }
+        TGA_UNROLL
+        for (int n = 0; n < T::kCols; ++n) {
+          store_pair<T::kType>(out + q * p.d_query.row, n * 8 + lane.pair * 2, p.head_dim, !T::kGeneral || p.aligned,
+                               d_query[m][n][2 * i] * p.scale, d_query[m][n][2 * i + 1] * p.scale);
+        }
+      }
+    }
+  }
+};
+
+// What a block works on.
+struct QueryPlace {
+  int64_t slab_number, chunk, first_row, end_row;
+  SlabIndex slab;
+  int head, first_query;
+};
+
+template <class T>
+TGA_DEVICE QueryPlace query_place(const BackwardParams& p) {
+  // Worked out anew wherever it is needed, hence opaque: kept, it would fill twenty registers through the main loop.
+  int64_t index = p.first_block + dev::opaque(dev::block_index());
+  const int query_tiles = (p.q_len + T::kRows - 1) / T::kRows;
+  QueryPlace place;
+  place.first_query =
+      static_cast<int>(index % query_tiles) * T::kRows + dev::thread_index() % T::kThreads / 32 * 16 * T::kRowTiles;
+  index /= query_tiles;
+  place.chunk = index % p.chunks;
+  index /= p.chunks;
+  place.head = static_cast<int>(index % p.heads);
+  place.slab_number = index / p.heads;
+  place.slab = slab_index(p.batch, place.slab_number);
+  place.first_row = place.chunk * p.rows_per_chunk;
+  place.end_row = place.first_row + p.rows_per_chunk < p.batch.rows ? place.first_row + p.rows_per_chunk : p.batch.rows;
+  return place;
+}
+
+// The bias of the block's head as C operands: in place where it is float32, from the reordered copy where it is 16-bit.
+template <class T>
+struct QueryBias {
+  using type = std::conditional_t<T::kBias == BiasAccess::kHalf, BiasAlongKeys<T>, FragmentBias<T>>;
+  static TGA_DEVICE type make(const BackwardParams& p, const QueryPlace& place) {
+    if constexpr (T::kBias == BiasAccess::kHalf) {
+      return BiasAlongKeys<T>(p, bias_entry(p, place.slab_number, place.head), place.first_query);
+    } else {
+      return type(p.bias, element(p.bias.data, p.bias.offset(place.slab, 0, place.head), true), place.first_query, p.q_len,
+                  1.0f / fabsf(p.scale));
+    }
+  }
+};
+
+template <class T>
+TGA_KERNEL(T::kBlockThreads, 1)
+backward_query_kernel(TGA_PARAMS BackwardParams p) {
+  using Block = QueryBlock<T>;
+  constexpr int kRowsAtOnce = T::kTeams * T::kGroup;
+  const Lane lane = this_lane();
+  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
+  const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+
+  const uint32_t ring_base = dev::shared_base() + Block::Plan::kBytes;
+  typename Block::Plan plan(dev::shared_base());
+  typename Block::Ring ring(p, thread, ring_base + team * Block::Ring::kStageBytes, Block::kStageBytes);
+  const int strip_tiles = (p.k_len + T::kBlock - 1) / T::kBlock * T::kSubtiles;
+  const uint32_t strip =
+      ring_base + T::kStages * Block::kStageBytes + warp * T::kRowTiles * strip_tiles * 512 + lane.index * 16;
+  if (T::kStrip && team == 0) {
+    for (int n = 0; n < T::kRowTiles * strip_tiles; ++n) {
+      dev::store_shared(strip + n * 512, Float4{0.0f, 0.0f, 0.0f, 0.0f});
+    }
+  }
+  auto bias_source = QueryBias<T>::make(p, query_place<T>(p));
+
+  const int groups =
+      static_cast<int>((query_place<T>(p).end_row - query_place<T>(p).first_row + kRowsAtOnce - 1) / kRowsAtOnce);
+  for (int group = 0; group < groups; ++group) {
+    const QueryPlace place = query_place<T>(p);
+    const int64_t group_row = place.first_row + static_cast<int64_t>(group) * kRowsAtOnce,
+                  team_row = group_row + team * T::kGroup;
+    const int rows = place.end_row - group_row < kRowsAtOnce ? static_cast<int>(place.end_row - group_row) : kRowsAtOnce;
+    const int head = place.head, kv_head = head / (p.heads / p.kv_heads), first_query = place.first_query;
+    QueryState<T> state[T::kGroup];
+    TGA_UNROLL
+    for (int r = 0; r < T::kGroup; ++r) {
+      state[r].load(p, place.slab, place.slab_number, team_row + r, head, first_query, team * T::kGroup + r < rows);
+    }
+    ring.point_at(p, half_rows<T>(p.key, place.slab, team_row, kv_head),
+                  half_rows<T>(p.value, place.slab, team_row, kv_head));
+    const GeneralLogits<T::kType> logits(p, place.slab, team_row, head);
+    KeyMask mask = {nullptr, p.mask.batch_row, p.mask.col};
+    if (p.mask.data != nullptr && (!T::kGeneral || p.mask.row == 0)) {
+      mask.data = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(place.slab, group_row, head);
+    }
+
+    // A strip only fits shared memory where all keys are one panel.
+    for (int panel = 0; panel < (T::kStrip ? 1 : p.k_len); panel += kPanelKeys) {
+      plan.build(mask, rows, panel, p.k_len);
+      ring.restart();
+      // Steps over the full tiles, then over the mixed ones, every team beginning at another of them. So that no two teams
+      // meet at a tile of the strip, there are as many steps as teams at least, some of them idle; full tiles too few for
+      // that are taken for mixed ones.
+      const int full = T::kGeneral || plan.full() < T::kTeams ? 0 : plan.full(), mixed = plan.total() - full;
+      const int steps = full + (T::kStrip && mixed > 0 && mixed < T::kTeams ? T::kTeams : mixed);
+      constexpr uint32_t kIdle = 0xffffffffu;
+      int turn = T::kStrip ? team * (full > 0 ? full : steps) / T::kTeams : 0;
+      // First key of the tile this team visits at a step; called for one step after the other.
+      const auto next_key = [&](int step) {
+        if (step == full) {
+          turn = full + (T::kStrip ? team * (steps - full) / T::kTeams : 0);
+        }
+        const uint32_t key = turn < plan.total() ? plan.key(turn) : kIdle;
+        ++turn;
+        if (T::kStrip && turn == (step < full ? full : steps)) {
+          turn = step < full ? 0 : full;
+        }
+        return key;
+      };
+      uint32_t upcoming = kIdle;
+      const auto issue = [&](int step) {
+        upcoming = step < steps ? next_key(step) : kIdle;
+        const uint32_t stage = ring.next_write();
+        if (upcoming != kIdle) {
+          ring.begin_tile(p, plan, panel, upcoming, team * T::kGroup);
+          TGA_UNROLL
+          for (int r = 0; r < T::kGroup; ++r) {
+            ring.copy(p, stage + r * 2 * T::kTileBytes);
+            ring.next_batch_row(p);
+          }
+        }
+        dev::commit_copies();
+      };
+      static_assert(T::kStages == 2, "one tile is in flight while one is read: `upcoming` is that one");
+      issue(0);
+      const auto visit = [&](int step, auto masked) {
+        dev::wait_copies<0>();
+        dev::sync_block();
+        const uint32_t key = upcoming;
+        issue(step + 1);
+        const uint32_t stage = ring.next_read();
+        if (masked.value && key == kIdle) {
+          return;
+        }
+        const uint32_t strip_tile = strip + key / 8 * 512;
+        if constexpr (T::kBias == BiasAccess::kHalf) {
+          bias_source.begin_tile(panel + key);
+        }
+        TGA_UNROLL
+        for (int j = 0; j < T::kBlock / 16; ++j) {
+          uint32_t d_score[T::kGroup][T::kRowTiles][4];
+          [[maybe_unused]] uint32_t bias_words[T::kRowTiles][4];
+          if constexpr (T::kBias == BiasAccess::kHalf) {
+            bias_source.load(bias_words, j);
+          }
+          TGA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const int first = j * 16 + e * 8;  // of the 8 keys at hand, within the tile
+            float bias[T::kRowTiles][4], d_bias[T::kRowTiles][4];
+            if constexpr (T::kBias == BiasAccess::kHalf) {
+              bias_source.operand(bias, bias_words, e);
+            } else if constexpr (T::kBias == BiasAccess::kFloat) {
+              bias_source.template load<masked.value>(bias, panel + key, first, p.k_len);
+            }
+            TGA_UNROLL
+            for (int m = 0; T::kStrip && m < T::kRowTiles; ++m) {
+              const Float4 sum = dev::load_shared<Float4>(strip_tile + (m * strip_tiles + first / 8) * 512);
+              d_bias[m][0] = sum.x;
+              d_bias[m][1] = sum.y;
+              d_bias[m][2] = sum.z;
+              d_bias[m][3] = sum.w;
+            }
+            TGA_UNROLL
+            for (int r = 0; r < T::kGroup; ++r) {
+              const uint32_t keys = stage + r * 2 * T::kTileBytes, values = keys + T::kTileBytes;
+              float score[T::kRowTiles][4], d_prob[T::kRowTiles][4];
+              uint32_t b[(T::kSteps + 1) / 2][4];
+              load_rows_as_columns<T::kSteps, T::kRowBytes>(b, keys, first);
+              TGA_UNROLL
+              for (int m = 0; m < T::kRowTiles; ++m) {
+                if constexpr (T::kBiasFragments) {
+                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], b, bias[m]);
+                } else {
+                  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], b, zero);
+                }
+              }
+              load_rows_as_columns<T::kSteps, T::kRowBytes>(b, values, first);
+              TGA_UNROLL
+              for (int m = 0; m < T::kRowTiles; ++m) {
+                multiply<T::kType, T::kSteps>(d_prob[m], state[r].grad[m], b, state[r].negative_delta[m]);
+              }
+              uint32_t bits = 0;
+              if constexpr (masked.value) {
+                bits = plan.bits(team * T::kGroup + r, key, first) >> (first % 32 + lane.pair * 2);
+              }
+              TGA_UNROLL
+              for (int m = 0; m < T::kRowTiles; ++m) {
+                float d[4];
+                TGA_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                  float s = score[m][i];
+                  if constexpr (masked.value) {
+                    if (!(bits >> (i % 2) & 1)) {
+                      s = -INFINITY;
+                    } else if constexpr (T::kGeneral) {
+                      const int q = first_query + m * 16 + lane.row + i / 2 * 8,
+                                k = panel + key + first + lane.pair * 2 + i % 2;
+                      s = q < p.q_len ? logits(q, k, s * (p.scale * kLog2e)) : -INFINITY;
+                    }
+                  }
+                  d[i] = dev::exp2(fmaf(s, factor, -state[r].shift[m][i / 2])) * d_prob[m][i];
+                  if constexpr (T::kStrip) {
+                    d_bias[m][i] += d[i];
+                  }
+                }
+                d_score[r][m][2 * e] = dev::pack<T::kType>(d[0], d[1]);
+                d_score[r][m][2 * e + 1] = dev::pack<T::kType>(d[2], d[3]);
+              }
+            }
+            TGA_UNROLL
+            for (int m = 0; T::kStrip && m < T::kRowTiles; ++m) {
+              dev::store_shared(strip_tile + (m * strip_tiles + first / 8) * 512,
+                                Float4{d_bias[m][0], d_bias[m][1], d_bias[m][2], d_bias[m][3]});
+            }
+          }
+          TGA_UNROLL
+          for (int r = 0; r < T::kGroup; ++r) {
+            accumulate_rows<T::kType, T::kCols, T::kRowBytes>(state[r].d_query, d_score[r], stage + r * 2 * T::kTileBytes,
+                                                              j * 16);
+          }
+        }
+      };
+      for (int step = 0; step < full; ++step) {
+        visit(step, std::false_type());
+      }
+      for (int step = full; step < steps; ++step) {
+        visit(step, std::true_type());
+      }
+    }
+    TGA_UNROLL
+    for (int r = 0; p.d_query.data != nullptr && r < T::kGroup; ++r) {
+      const QueryPlace here = query_place<T>(p);
+      const int64_t row = here.first_row + static_cast<int64_t>(group) * kRowsAtOnce + team * T::kGroup + r;
+      if (row < here.end_row) {
+        state[r].store(p, here.slab, row, here.head, here.first_query);
+      }
+    }
+  }
+
+  if constexpr (T::kStrip) {
+    dev::sync_block();
+    const QueryPlace place = query_place<T>(p);
+    const PartialFragments partial(p, place.slab_number, place.chunk, place.head);
+    const int64_t direct = p.d_bias.offset(place.slab, 0, place.head);
+    for (int n = team; n < T::kRowTiles * strip_tiles; n += T::kTeams) {
+      const int m = n / strip_tiles, key = n % strip_tiles * 8;
+      store_bias_grad<T::kType>(p, partial, direct, place.first_query + m * 16, key,
+                                dev::load_shared<Float4>(strip + n * 512));
+    }
+  }
+}
+
+}  // namespace torch_gated_attn::cuda

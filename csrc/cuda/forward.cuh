@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Fused forward for bfloat16 and float16.
+//
+// A block owns kRows queries of one head for kGroup batch rows that share the bias, and walks the key tiles; each query,
+// key, value and bias tile is read once per block, scores live in registers only. Inside a key tile the batch rows take
+// turns on the bias fragments the threads hold. Outputs, sums and shifts stay in registers to the end.
+#pragma once
+
+#include "bias.cuh"
+#include "gate.cuh"
+#include "key_value_ring.cuh"
+#include "softmax.cuh"
+
+namespace torch_gated_attn::cuda {
+
+template <class T>
+struct ForwardBlock {
+  using Plan = TilePlan<T::kGroup, T::kBlock, T::kThreads>;
+  using Ring = KeyValueRing<T, Plan, 1, T::kThreads>;
+  using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kSteps, T::kThreads, T::kStationaryInShared>;
+  static constexpr uint32_t kSharedBytes = Plan::kBytes + Ring::kBytes + Queries::kBytes;
+};
+
+// What a block works on.
+struct ForwardPlace {
+  SlabIndex slab;
+  int64_t first_row;  // of the slab's batch rows
+  int head, first_query;
+};
+
+template <class T>
+TGA_DEVICE ForwardPlace forward_place(const AttentionParams& p) {
+  int64_t index = p.first_block + dev::block_index();
+  const int query_tiles = (p.q_len + T::kRows - 1) / T::kRows;
+  const int64_t groups = (p.batch.rows + T::kGroup - 1) / T::kGroup;
+  ForwardPlace place;
+  // Blocks that run side by side share keys and values first, the bias second.
+  place.first_query = static_cast<int>(index % query_tiles) * T::kRows;
+  index /= query_tiles;
+  place.first_row = index % groups * T::kGroup;
+  index /= groups;
+  place.head = static_cast<int>(index % p.heads);
+  place.slab = slab_index(p.batch, index / p.heads);
+  return place;
+}
+
+// Mean of all values of one batch row and head: what a fully masked row returns under masked_rows = "mean". Columns as in
+// the accumulators; the lanes of equal `pair` share the keys.
+template <class T>
+TGA_DEVICE void mean_of_values(float (&mean)[T::kCols][2], const uint16_t* value, const AttentionParams& p) {
+  const Lane lane = this_lane();
+  TGA_UNROLL
+  for (int n = 0; n < T::kCols; ++n) {
+    mean[n][0] = mean[n][1] = 0.0f;
+  }
+  for (int key = lane.row; key < p.k_len; key += 8) {
+    TGA_UNROLL
+    for (int n = 0; n < T::kCols; ++n) {
+      const Float2 v = dev::unpack<T::kType>(
+          load_pair(value + key * p.value.row, n * 8 + lane.pair * 2, p.value_dim, !T::kGeneral || p.aligned));
+      mean[n][0] += v.x;
+      mean[n][1] += v.y;
+    }
+  }
+  TGA_UNROLL
+  for (int n = 0; n < T::kCols; ++n) {
+    TGA_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      TGA_UNROLL
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        mean[n][e] += dev::shuffle_xor(mean[n][e], lanes);
+      }
+      mean[n][e] /= p.k_len;
+    }
+  }
+}
+
+// Divides by the sum, applies the gate, stores output, lse, shift and sum of one batch row.
+template <class T>
+TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, const ForwardPlace& place, int64_t batch_row,
+                          int first_query, float factor) {
+  const Lane lane = this_lane();
+  const bool pairs_aligned = !T::kGeneral || p.aligned;
+  uint16_t* const out = static_cast<uint16_t*>(p.out.data) + p.out.offset(place.slab, batch_row, place.head);
+  const uint16_t* const gate =
+      p.gate.data == nullptr ? nullptr
+                             : static_cast<const uint16_t*>(p.gate.data) + p.gate.offset(place.slab, batch_row, place.head);
+  TGA_UNROLL
+  for (int m = 0; m < T::kRowTiles; ++m) {
+    const bool empty[2] = {state.sum[m][0] == 0.0f, state.sum[m][2] == 0.0f};
+    float mean[T::kCols][2];
+    const bool use_mean = p.mean_rows && dev::any(empty[0] || empty[1]);
+    if (use_mean) {
+      mean_of_values<T>(mean,
+                        static_cast<const uint16_t*>(p.value.data) +
+                            p.value.offset(place.slab, batch_row, place.head / (p.heads / p.kv_heads)),
+                        p);
+    }
+    TGA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int query = first_query + m * 16 + lane.row + 8 * i;
+      if (query >= p.q_len) {
+        continue;
+      }
+      const float sum = state.sum[m][2 * i], inverse = empty[i] ? 0.0f : dev::reciprocal(sum);
+      if (lane.pair == 0) {
+        const float shift = state.shift(m, i, factor);
+        const auto store = [&](const Operand& to, float value) {
+          dev::store_global(static_cast<float*>(to.data) + to.offset(place.slab, batch_row, place.head) + query * to.row,
+                            value);
+        };
+        store(p.lse, empty[i] ? -INFINITY : (shift + dev::log2(sum)) * kLn2);
+        store(p.row_max, shift);
+        store(p.row_sum, sum);
+      }
+      TGA_UNROLL
+      for (int n = 0; n < T::kCols; ++n) {
+        const int col = n * 8 + lane.pair * 2;
+        float x = state.acc[m][n][2 * i] * inverse, y = state.acc[m][n][2 * i + 1] * inverse;
+        if (use_mean && empty[i]) {
+          x = mean[n][0];
+          y = mean[n][1];
+        }
+        if (gate != nullptr) {
+          const Float2 g = load_gate<T::kType>(gate + query * p.gate.row, p.gate.col, col, p.value_dim, pairs_aligned);
+          x *= sigmoid(g.x);
+          y *= sigmoid(g.y);
+        }
+        store_pair<T::kType>(out + query * p.out.row, col, p.value_dim, pairs_aligned, x, y);
+      }
+    }
+  }
+}
+
+// Scores of one batch row against a key tile, in the units softmax() multiplies by its factor.
+template <class T>
+TGA_DEVICE void score_tile(float (&score)[T::kRowTiles][T::kSubtiles][4], const typename ForwardBlock<T>::Queries& queries,
+                           int r, const float (&bias)[T::kSubtiles][T::kRowTiles][4], uint32_t keys) {
+  uint32_t query[T::kRowTiles][T::kSteps][4];
+  TGA_UNROLL
+  for (int m = 0; m < T::kRowTiles; ++m) {
+    queries.get(r * T::kRowTiles + m, query[m]);
+  }
+  TGA_UNROLL
+  for (int n = 0; n < T::kSubtiles; ++n) {
+    uint32_t b[(T::kSteps + 1) / 2][4];
+    load_rows_as_columns<T::kSteps, T::kRowBytes>(b, keys, n * 8);
+    TGA_UNROLL
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      if constexpr (T::kBiasFragments) {
+        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, bias[n][m]);
+      } else {
+        const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, zero);
+      }
+    }
+  }
+}
+
+template <class T>
+TGA_KERNEL(T::kThreads, 1)
+forward_kernel(TGA_PARAMS AttentionParams p) {
+  using Block = ForwardBlock<T>;
+  const ForwardPlace place = forward_place<T>(p);
+  const Lane lane = this_lane();
+  const int warp = dev::thread_index() / 32, first_query = place.first_query + warp * 16 * T::kRowTiles;
+  const int rows =
+      p.batch.rows - place.first_row < T::kGroup ? static_cast<int>(p.batch.rows - place.first_row) : T::kGroup;
+  const int kv_head = place.head / (p.heads / p.kv_heads);
+  // Fast kernels take |scale| into the exponent and its sign into the queries; the general one scales the scores.
+  const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+
+  RowState<T> state[T::kGroup];
+  typename Block::Queries queries(dev::shared_base() + Block::Plan::kBytes + Block::Ring::kBytes);
+  TGA_UNROLL
+  for (int r = 0; r < T::kGroup; ++r) {
+    const uint16_t* data =
+        static_cast<const uint16_t*>(p.query.data) + p.query.offset(place.slab, place.first_row + r, place.head);
+    TGA_UNROLL
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      uint32_t query[T::kSteps][4];
+      load_rows<T::kSteps>(query, data, p.query.row, first_query + m * 16, r < rows ? p.q_len : 0, p.head_dim,
+                           !T::kGeneral || p.aligned);
+      if (!T::kGeneral && p.scale < 0) {
+        negate<T::kSteps>(query);
+      }
+      queries.put(r * T::kRowTiles + m, query);
+    }
+    state[r].clear();
+  }
+
+  typename Block::Plan plan(dev::shared_base());
+  typename Block::Ring ring(p, dev::thread_index(), dev::shared_base() + Block::Plan::kBytes);
+  ring.point_at(p, static_cast<const uint16_t*>(p.key.data) + p.key.offset(place.slab, place.first_row, kv_head),
+                static_cast<const uint16_t*>(p.value.data) + p.value.offset(place.slab, place.first_row, kv_head));
+  constexpr bool kFloatBias = T::kBias == BiasAccess::kFloat;
+  const FragmentBias<T> bias_rows(p.bias,
+                                  element(p.bias.data, p.bias.offset(place.slab, place.first_row, place.head), kFloatBias),
+                                  first_query, p.q_len, 1.0f / fabsf(p.scale));
+  const GeneralLogits<T::kType> logits(p, place.slab, place.first_row, place.head);
+  KeyMask mask = {nullptr, p.mask.batch_row, p.mask.col};
+  if (p.mask.data != nullptr && (!T::kGeneral || p.mask.row == 0)) {
+    mask.data = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(place.slab, place.first_row, place.head);
+  }
+
+  for (int panel = 0; panel < p.k_len; panel += kPanelKeys) {
+    plan.build(mask, rows, panel, p.k_len);
+    ring.restart();
+    // Step `step` of the copies counts batch rows within tiles; it is kStages - 1 steps ahead of the products.
+    const auto issue = [&](int i, int step) {
+      const int tile = i + step / T::kGroup, r = step % T::kGroup;
+      if (tile < plan.total()) {
+        if (r == 0) {
+          ring.begin_tile(p, plan, panel, plan.key(tile), 0);
+        } else {
+          ring.next_batch_row(p);
+        }
+        ring.copy(p, ring.next_write());
+      }
+      dev::commit_copies();
+    };
+    TGA_UNROLL
+    for (int step = 0; step < T::kStages - 1; ++step) {
+      issue(0, step);
+    }
+    const auto visit = [&](int i, auto masked) {
+      const uint32_t key = plan.key(i);
+      float bias[T::kSubtiles][T::kRowTiles][4];
+      if constexpr (T::kBiasFragments) {
+        TGA_UNROLL
+        for (int n = 0; n < T::kSubtiles; ++n) {
+          bias_rows.template load<masked.value>(bias[n], panel + key, n * 8, p.k_len);
+        }
+      }
+      TGA_UNROLL
+      for (int r = 0; r < T::kGroup; ++r) {
+        dev::wait_copies<T::kStages - 2>();
+        dev::sync_block();
+        issue(i, r + T::kStages - 1);
+        const uint32_t keys = ring.next_read();
+        float score[T::kRowTiles][T::kSubtiles][4];
+        score_tile<T>(score, queries, r, bias, keys);
+        if constexpr (masked.value) {
+          TGA_UNROLL
+          for (int n = 0; n < T::kSubtiles; ++n) {
+            const uint32_t bits = plan.bits(r, key, n * 8) >> (n % 4 * 8 + lane.pair * 2);
+            TGA_UNROLL
+            for (int m = 0; m < T::kRowTiles; ++m) {
+              TGA_UNROLL
+              for (int e = 0; e < 4; ++e) {
+                float& s = score[m][n][e];
+                if (!(bits >> (e % 2) & 1)) {
+                  s = -INFINITY;
+                } else if constexpr (T::kGeneral) {
+                  const int q = first_query + m * 16 + lane.row + e / 2 * 8;
+                  s = q < p.q_len ? logits(q, panel + key + n * 8 + lane.pair * 2 + e % 2, s * (p.scale * kLog2e))
+                                  : -INFINITY;
+                }
+              }
+            }
+          }
+        }
+        uint32_t probabilities[T::kSubtiles / 2][T::kRowTiles][4];
+        TGA_UNROLL
+        for (int m = 0; m < T::kRowTiles; ++m) {
+          state[r].softmax(m, score[m], factor, probabilities);
+        }
+        state[r].accumulate(probabilities, keys + T::kTileBytes);
+      }
+    };
+    const int full = T::kGeneral ? 0 : plan.full();
+    for (int i = 0; i < full; ++i) {
+      visit(i, std::false_type());
+    }
+    for (int i = full; i < plan.total(); ++i) {
+      visit(i, std::true_type());
+    }
+  }
+
+  TGA_UNROLL
+  for (int r = 0; r < T::kGroup; ++r) {
+    if (r < rows) {
+      store_row<T>(state[r], p, place, place.first_row + r, first_query, factor);
+    }
+  }
+}
+
+}  // namespace torch_gated_attn::cuda

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The step all kernels of the backward share: from a pair of 8-wide score tiles S and dP = dO * V^T - delta to
+// P = 2^(S * factor - shift) and dS = P * dP.
+#pragma once
+
+#include "bias.cuh"
+
+namespace torch_gated_attn::cuda {
+
+template <class T>
+TGA_DEVICE const uint16_t* half_rows(const Operand& o, const SlabIndex& slab, int64_t batch_row, int head) {
+  return static_cast<const uint16_t*>(o.data) + o.offset(slab, batch_row, head);
+}
+
+// Index of (slab, batch row, head) in the scratch arrays.
+TGA_DEVICE int64_t scratch_entry(const BackwardParams& p, int64_t slab, int64_t batch_row, int head) {
+  return (slab * p.batch.rows + batch_row) * p.heads + head;
+}
+
+// Shift of a query and -delta, from row_terms of its entry.
+struct RowTerms {
+  float shift, negative_delta;
+};
+TGA_DEVICE RowTerms load_row_terms(const float* terms, int query) {
+  const float* pair = terms + query / 2 * 8 + query % 2;
+  return {dev::load_global<float>(pair + 4), dev::load_global<float>(pair)};
+}
+
+// Index of the bias (or dBias) of a slab and head among those that differ.
+TGA_DEVICE int64_t bias_entry(const BackwardParams& p, int64_t slab, int head) {
+  const int64_t outer = slab / p.batch.slabs_per_outer;
+  return p.bias.head == 0 ? outer : outer * p.heads + head;
+}
+
+// Fragment (query tile, key tile) of one part of the dBias partials; a thread's four values are contiguous.
+struct PartialFragments {
+  float* base;
+  int64_t query_tile_stride;
+
+  TGA_DEVICE PartialFragments(const BackwardParams& p, int64_t slab, int64_t chunk, int head) {
+    const int64_t outer = slab / p.batch.slabs_per_outer, outers = p.batch.slabs / p.batch.slabs_per_outer;
+    const int64_t part = slab % p.batch.slabs_per_outer * p.chunks + chunk;
+    const int64_t plane = static_cast<int64_t>(p.q_padded) * p.k_padded;
+    base = p.partial + ((part * outers + outer) * p.heads + head) * plane + this_lane().index * 4;
+    query_tile_stride = static_cast<int64_t>(p.k_padded / 8) * 128;
+  }
+  TGA_DEVICE float* at(int query, int key) const { return base + query / 16 * query_tile_stride + key / 8 * 128; }
+};
+
+// Stores a fragment of dBias whose first row and column are `query` and `key`.
+template <DType kType>
+TGA_DEVICE void store_bias_grad(const BackwardParams& p, const PartialFragments& partial, int64_t direct_offset, int query,
+                                int key, const Float4& sum) {
+  if (!p.d_bias_direct) {
+    dev::store_global(partial.at(query, key), sum);
+    return;
+  }
+  const Lane lane = this_lane();
+  const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+  TGA_UNROLL
+  for (int e = 0; e < 4; ++e) {
+    const int q = query + lane.row + e / 2 * 8, k = key + lane.pair * 2 + e % 2;
+    if (q < p.q_len && k < p.k_len) {
+      const int64_t at = direct_offset + q * p.d_bias.row + k * p.d_bias.col;
+      if (p.d_bias_is_float) {
+        dev::store_global(static_cast<float*>(p.d_bias.data) + at, values[e]);
+      } else {
+        dev::store_global(static_cast<uint16_t*>(p.d_bias.data) + at,
+                          static_cast<uint16_t>(dev::pack<kType>(values[e], 0.0f)));
+      }
+    }
+  }
+}
+
+}  // namespace torch_gated_attn::cuda

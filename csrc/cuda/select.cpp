@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "select.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace torch_gated_attn::cuda {
+namespace {
+
+bool is_half(DType type) { return type == DType::kBFloat16 || type == DType::kFloat16; }
+
+// Every row of `view` begins at a multiple of `elements` elements of `bytes` bytes. Strides of size-1 dimensions do not
+// count.
+bool starts_aligned(const Problem& problem, const View& view, int64_t heads, int64_t rows, int64_t elements,
+                    int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(view.data) % (elements * bytes) != 0) {
+    return false;
+  }
+  for (int d = 0; d < kMaxBatchDims; ++d) {
+    if (problem.batch[d] > 1 && view.batch[d] % elements != 0) {
+      return false;
+    }
+  }
+  return (heads <= 1 || view.head % elements == 0) && (rows <= 1 || view.row % elements == 0);
+}
+
+// Keys and values are copied by 16 bytes, all other operands by pairs.
+bool operands_aligned(const Problem& p) {
+  const auto by_16_bytes = [&](const View& view) {
+    return view.data == nullptr || starts_aligned(p, view, p.heads, std::max(p.q_len, p.k_len), 8, 2);
+  };
+  const bool gate_ok = p.gate.data == nullptr || p.gate.col == 0 || starts_aligned(p, p.gate, p.heads, p.q_len, 2, 2);
+  const auto by_pairs = [&](const View& view, int64_t rows) {
+    return view.data == nullptr || starts_aligned(p, view, p.heads, rows, 2, 2);
+  };
+  return by_16_bytes(p.query) && by_16_bytes(p.key) && by_16_bytes(p.value) && gate_ok && by_pairs(p.out, p.q_len) &&
+         by_pairs(p.d_query, p.q_len) && by_pairs(p.d_key, p.k_len) && by_pairs(p.d_value, p.k_len) &&
+         (p.d_gate.col == 0 || by_pairs(p.d_gate, p.q_len));
+}
+
+// One multiplication by a 32-bit stride in bytes finds a row.
+bool strides_fit_32_bits(const Problem& p) {
+  const auto fits = [](int64_t stride) { return stride >= 0 && stride < (int64_t{1} << 30); };
+  return fits(p.query.row) && fits(p.key.row) && fits(p.value.row);
+}
+
+// Why the fast kernels cannot take the call; empty if they can.
+std::string why_general(const Problem& p) {
+  // Small enough that 1 / scale times a finite bias stays in range, large enough that -inf * scale is -inf.
+  const double magnitude = std::fabs(p.scale);
+  if (!(magnitude >= 0x1p-40 && magnitude <= 0x1p40)) {
+    return "the scale is zero or out of the range the fast kernels fold into the exponent";
+  }
+  if (p.head_dim % 8 != 0 || p.value_dim % 8 != 0) {
+    return "head_dim is not a multiple of 8";
+  }
+  if (!operands_aligned(p)) {
+    return "an operand's rows are not aligned to 16 bytes";
+  }
+  if (!strides_fit_32_bits(p)) {
+    return "a row stride does not fit 32 bits";
+  }
+  if (p.mask.data != nullptr && p.mask.row != 0 && p.q_len > 1) {
+    return "the mask differs between queries";
+  }
+  if (p.bias.data == nullptr) {
+    return "";
+  }
+  // The scaled bias is bounded by the largest float; above this scale the exponent of that bound would overflow.
+  if (magnitude * 1.4426950408889634 >= 1) {
+    return "the scale is too large to carry the bias as an accumulator";
+  }
+  if (p.bias.col != 1 && p.k_len > 1) {
+    return "the bias is not contiguous along the keys";
+  }
+  if (!starts_aligned(p, p.bias, p.heads, p.q_len, 2, p.bias_dtype == DType::kFloat32 ? 4 : 2)) {
+    return "the bias rows are not aligned to pairs";
+  }
+  return "";
+}
+
+int compiled_head_dim(int64_t dim) {
+  for (const int width : {16, 32, 48, 64, 96, 128}) {
+    if (dim <= width) {
+      return width;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+Choice choose_forward(const Problem& problem, int arch) {
+  Choice choice;
+  const int64_t dim = std::max(problem.head_dim, problem.value_dim);
+  if (dim > kMaxHeadDim || problem.head_dim == 0 || problem.value_dim == 0) {
+    choice.reason = "head_dim " + std::to_string(dim) + " is outside 1.." + std::to_string(kMaxHeadDim) +
+                    ", the range of the fused kernels: the composite formula runs, which stores all scores";
+    return choice;
+  }
+  if (!is_half(problem.dtype)) {
+    choice.kernel = Kernel::kPlain;
+    choice.head_dim = compiled_head_dim(dim);
+    choice.reason = problem.dtype == DType::kFloat32 ? "float32 is computed with float32 multiply-adds, never TF32"
+                                                     : "float64 takes the plain kernel";
+    return choice;
+  }
+  if (arch < 80) {
+    choice.reason = "compute capability " + std::to_string(arch / 10) + "." + std::to_string(arch % 10) +
+                    " is below 8.0, which the fused kernels need: the composite formula runs, which stores all scores";
+    return choice;
+  }
+  choice.kernel = Kernel::kTensorCore;
+  choice.head_dim = compiled_head_dim(dim);
+  choice.aligned = operands_aligned(problem);
+  const std::string general = why_general(problem);
+  if (!general.empty()) {
+    choice.access = BiasAccess::kGeneral;
+    choice.reason = "the general tensor-core kernel: " + general;
+    return choice;
+  }
+  if (problem.bias.data == nullptr) {
+    choice.reason = "the tensor-core kernel without bias";
+    return choice;
+  }
+  choice.access = problem.bias_dtype == DType::kFloat32 ? BiasAccess::kFloat : BiasAccess::kHalf;
+  choice.share_bias = problem.rows > 1;
+  choice.reason = choice.share_bias ? "the tensor-core kernel that shares the bias between batch rows"
+                                    : "the tensor-core kernel with a bias per batch row";
+  return choice;
+}
+
+Choice choose_backward(const Problem& problem, int arch) {
+  Choice choice = choose_forward(problem, arch);
+  if (choice.kernel != Kernel::kTensorCore) {
+    return choice;
+  }
+  choice.grad_aligned = problem.grad_out.data != nullptr && problem.grad_out.col == 1 &&
+                        starts_aligned(problem, problem.grad_out, problem.heads, problem.q_len, 2, 2);
+  const auto take_general = [&](const char* why) {
+    choice.access = BiasAccess::kGeneral;
+    choice.reason = std::string("the general tensor-core kernels: ") + why;
+  };
+  // The reordered copy of a bias that all queries share would be larger than the bias.
+  if (problem.bias.data != nullptr && choice.access != BiasAccess::kGeneral && problem.bias.row == 0 && problem.q_len > 1) {
+    take_general("the bias is the same for all queries");
+  } else if (problem.mask.data != nullptr && problem.mask.head != 0 && problem.heads != problem.kv_heads) {
+    take_general("the mask differs between query heads that share a key head");
+  }
+  return choice;
+}
+
+}  // namespace torch_gated_attn::cuda

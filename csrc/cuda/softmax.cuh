@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Online softmax of score fragments. Everything is in units of log2: p = 2^(score * factor - shift).
+#pragma once
+
+#include "fragments.cuh"
+
+namespace torch_gated_attn::cuda {
+
+// A row's shift is only raised once a score exceeds it by this many units: rescaling the accumulators is rare, and 2^8
+// leaves float16 probabilities (largest 65504) room.
+constexpr float kShiftSlack = 8.0f;
+
+// Output accumulators of one batch row and what its softmax has seen so far.
+template <class T>
+struct RowState {
+  float acc[T::kRowTiles][T::kCols][4];
+  // Sums of the rounded probabilities, as a product with ones gives them: columns 0 and 2 are read.
+  float sum[T::kRowTiles][4];
+  float max[T::kRowTiles][2];
+
+  TGA_DEVICE void clear() {
+    TGA_UNROLL
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      TGA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sum[m][i] = 0.0f;
+        TGA_UNROLL
+        for (int n = 0; n < T::kCols; ++n) {
+          acc[m][n][i] = 0.0f;
+        }
+      }
+      max[m][0] = max[m][1] = -INFINITY;
+    }
+  }
+
+  TGA_DEVICE void rescale(int m, float first, float second) {
+    TGA_UNROLL
+    for (int n = 0; n < T::kCols; ++n) {
+      acc[m][n][0] *= first;
+      acc[m][n][1] *= first;
+      acc[m][n][2] *= second;
+      acc[m][n][3] *= second;
+    }
+    sum[m][0] *= first;  // the other columns of the sum are not read
+    sum[m][2] *= second;
+  }
+
+  // Turns the scores of row tile m into probabilities, packed as the A operands of the product with the values.
+  TGA_DEVICE void softmax(int m, const float (&score)[T::kSubtiles][4], float factor,
+                          uint32_t (&p)[T::kSubtiles / 2][T::kRowTiles][4]) {
+    float seen[2] = {-INFINITY, -INFINITY};
+    TGA_UNROLL
+    for (int n = 0; n < T::kSubtiles; ++n) {
+      seen[0] = fmaxf(seen[0], fmaxf(score[n][0], score[n][1]));
+      seen[1] = fmaxf(seen[1], fmaxf(score[n][2], score[n][3]));
+    }
+    bool raise[2];
+    TGA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      seen[i] = fmaxf(seen[i], dev::shuffle_xor(seen[i], 1));
+      seen[i] = fmaxf(seen[i], dev::shuffle_xor(seen[i], 2));
+      // -inf - -inf is NaN and raises nothing.
+      raise[i] = (seen[i] - max[m][i]) * factor > kShiftSlack;
+    }
+    if (dev::any(raise[0] || raise[1])) {
+      float keep[2];
+      TGA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        keep[i] = raise[i] ? dev::exp2((max[m][i] - seen[i]) * factor) : 1.0f;
+        max[m][i] = raise[i] ? seen[i] : max[m][i];
+      }
+      rescale(m, keep[0], keep[1]);
+    }
+    const float shift[2] = {this->shift(m, 0, factor), this->shift(m, 1, factor)};
+    TGA_UNROLL
+    for (int n = 0; n < T::kSubtiles; ++n) {
+      float e[4];
+      TGA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        e[i] = dev::exp2(fmaf(score[n][i], factor, -shift[i / 2]));
+      }
+      p[n / 2][m][n % 2 * 2] = dev::pack<T::kType>(e[0], e[1]);
+      p[n / 2][m][n % 2 * 2 + 1] = dev::pack<T::kType>(e[2], e[3]);
+    }
+  }
+
+  // 0 as long as nothing was attended: -inf as a shift would turn the excluded keys' -inf into NaN.
+  TGA_DEVICE float shift(int m, int i, float factor) const { return max[m][i] == -INFINITY ? 0.0f : max[m][i] * factor; }
+
+  // acc += p * values, sum += p * ones.
+  TGA_DEVICE void accumulate(const uint32_t (&p)[T::kSubtiles / 2][T::kRowTiles][4], uint32_t values) {
+    const uint32_t ones = dev::pack<T::kType>(1.0f, 1.0f);
+    TGA_UNROLL
+    for (int j = 0; j < T::kSubtiles / 2; ++j) {
+      TGA_UNROLL
+      for (int m = 0; m < T::kRowTiles; ++m) {
+        dev::mma<T::kType>(sum[m], p[j][m], ones, ones, sum[m]);
+      }
+      accumulate_rows<T::kType, T::kCols, T::kRowBytes>(acc, p[j], values, j * 16);
+    }
+  }
+};
+
+}  // namespace torch_gated_attn::cuda

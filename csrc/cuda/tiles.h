@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Tile shapes, the one place where they are chosen. A warp owns 16 * kRowTiles queries (or keys); kGroup batch rows share
+// the bias fragments a thread holds.
+#pragma once
+
+#include <type_traits>
+
+#include "params.h"
+
+namespace torch_gated_attn::cuda {
+
+constexpr int next_power_of_two(int x) { return x <= 16 ? 16 : x <= 32 ? 32 : x <= 64 ? 64 : 128; }
+
+// Derived sizes of a shape; shared by all kernels.
+template <DType kType_, int kHeadDim_, BiasAccess kBias_, int kWarps_, int kRowTiles_, int kBlock_, int kGroup_,
+          int kStages_, bool kStationaryInShared_ = false>
+struct Tile {
+  static constexpr DType kType = kType_;
+  static constexpr BiasAccess kBias = kBias_;
+  static constexpr bool kGeneral = kBias == BiasAccess::kGeneral;
+  static constexpr bool kBiasFragments = kBias == BiasAccess::kHalf || kBias == BiasAccess::kFloat;
+  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kBlock = kBlock_, kGroup = kGroup_,
+                       kStages = kStages_;
+  static constexpr bool kStationaryInShared = kStationaryInShared_;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kRows = kWarps * kRowTiles * 16;  // rows of the stationary side
+  static constexpr int kSteps = kHeadDim / 16;           // k steps of a product over head_dim
+  static constexpr int kCols = kHeadDim / 8;             // 8-wide column tiles of an accumulator
+  static constexpr int kSubtiles = kBlock / 8;           // 8-wide column tiles of a score tile
+  // Rows of shared memory are a power of two long: the swizzle then spreads any 8 of them over all banks.
+  static constexpr uint32_t kRowBytes = next_power_of_two(kHeadDim) * 2;
+  static constexpr uint32_t kTileBytes = kBlock * kRowBytes;
+};
+
+// Forward. Without spills at head_dim <= 64 (benchmarks/sass_report.py holds the budgets): registers, not shared memory,
+// limit kGroup and kRowTiles. `kShareBias`: several batch rows per block.
+template <DType kType, int kHeadDim, BiasAccess kBias, bool kShareBias>
+struct ForwardShape {
+  static constexpr bool kGeneral = kBias == BiasAccess::kGeneral;
+  static constexpr int kGroup = !kShareBias ? 1 : kHeadDim <= 16 ? 2 : kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kRowTiles = kGeneral || kHeadDim > 32 || (kShareBias && kHeadDim > 16) ? 1 : 2;
+  static constexpr int kBlock = kHeadDim <= 64 && !kGeneral ? 64 : 32;
+  static constexpr int kWarps = kGroup == 4 ? 8 : 4;
+  using type = Tile<kType, kHeadDim, kBias, kWarps, kRowTiles, kBlock, kGroup, 3, (kGroup > 1)>;
+};
+template <DType kType, int kHeadDim, BiasAccess kBias, bool kShareBias>
+using ForwardTile = typename ForwardShape<kType, kHeadDim, kBias, kShareBias>::type;
+
+// Backward, query-stationary (dQ, dBias): kTeams teams of warps take different batch rows of the same queries and share one
+// strip of dBias. `kStrip`: dBias is wanted and the strip fits shared memory.
+template <DType kType, int kHeadDim, BiasAccess kBias, bool kStrip_>
+struct QueryShape {
+  static constexpr bool kGeneral = kBias == BiasAccess::kGeneral;
+  // 32 queries to a warp halve the traffic of shared memory. head_dim 32 then has no registers left for a second batch row.
+  static constexpr bool kWide = kHeadDim <= 32 && !kGeneral;
+  static constexpr int kRowTiles = kWide ? 2 : 1;
+  static constexpr int kGroup = kHeadDim <= 16 && kStrip_ ? 2 : 1;
+  static constexpr int kBlock = kHeadDim == 32 && kStrip_ ? 64 : 32;
+  // With a strip 64 queries to a block, which leaves room for 640 keys on sm_90 and 384 on sm_80; teams make up for the
+  // warps.
+  static constexpr int kTeams = !kStrip_ ? 1 : kWide ? 4 : 2;
+  static constexpr int kTeamWarps = kStrip_ && kWide ? 2 : 4;
+  struct type : Tile<kType, kHeadDim, kBias, kTeamWarps, kRowTiles, kBlock, kGroup, 2> {
+    static constexpr int kTeams = QueryShape::kTeams;
+    static constexpr bool kStrip = kStrip_;
+    static constexpr int kBlockThreads = kTeams * kTeamWarps * 32;  // kThreads are a team's
+  };
+};
+template <DType kType, int kHeadDim, BiasAccess kBias, bool kStrip>
+using QueryTile = typename QueryShape<kType, kHeadDim, kBias, kStrip>::type;
+
+// Backward, key-stationary (dK, dV): teams take different batch rows, so that they meet the same bias in L1.
+template <DType kType, int kHeadDim, BiasAccess kBias>
+struct KeyShape {
+  static constexpr bool kGeneral = kBias == BiasAccess::kGeneral;
+  static constexpr int kTeams = kGeneral || kHeadDim > 64 ? 1 : 2;
+  static constexpr int kRowTiles = kHeadDim <= 32 && !kGeneral ? 2 : 1;
+  static constexpr int kBlock = kGeneral || kHeadDim > 64 || (kHeadDim == 32 && kBias == BiasAccess::kNone) ? 32 : 64;
+  struct type : Tile<kType, kHeadDim, kBias, 4, kRowTiles, kBlock, 1, 2> {
+    static constexpr int kTeams = KeyShape::kTeams;
+    static constexpr int kBlockThreads = 128 * kTeams;
+  };
+};
+template <DType kType, int kHeadDim, BiasAccess kBias>
+using KeyTile = typename KeyShape<kType, kHeadDim, kBias>::type;
+
+// Backward, bias-stationary (dBias where no strip fits).
+template <DType kType, int kHeadDim, BiasAccess kBias>
+using BiasTile = Tile<kType, kHeadDim, kBias, 4, 1, (kHeadDim <= 16 ? 64 : 32), 1, 2>;
+
+}  // namespace torch_gated_attn::cuda
