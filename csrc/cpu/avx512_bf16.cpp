@@ -20,10 +20,10 @@ namespace isa_avx512_bf16 {
 #include "kernels_impl.h"
 }  // namespace isa_avx512_bf16
 const CpuKernels kKernelsAvx512Bf16 = {"avx512_bf16",
-                                   isa_avx512_bf16::block,
-                                   isa_avx512_bf16::forward_scratch,
-                                   isa_avx512_bf16::forward,
-                                   isa_avx512_bf16::backward_scratch,
-                                   isa_avx512_bf16::backward};
+                                       isa_avx512_bf16::block,
+                                       isa_avx512_bf16::forward_scratch,
+                                       isa_avx512_bf16::forward,
+                                       isa_avx512_bf16::backward_scratch,
+                                       isa_avx512_bf16::backward};
 }  // namespace torch_gated_attn
 #endif

@@ -6,6 +6,7 @@ template <class T, class A, int NQ>
 class BackwardUnit {
  public:
   static constexpr int W = kLanes<A>, kBlock = NQ * W;
+  using O = Operand<T, A>;
 
   BackwardUnit(const Problem& p, int max_lanes, int64_t rows, Carver& c)
       : p_(p),
@@ -16,8 +17,8 @@ class BackwardUnit {
         k_stride_(row_stride<A>(p.head_dim)),
         v_stride_(row_stride<A>(p.value_dim)),
         table_(p, kBlock, max_lanes, c),
-        keys_(p, c) {
-    const int64_t padded_keys = p.k_len + kMicroKeys;
+        keys_(p, true, c) {
+    const int64_t padded_keys = p.k_len + kKeyGroup<T>;
     d_k_stride_ = padded_keys * k_stride_;
     d_v_stride_ = padded_keys * v_stride_;
     // With a table the rows are the inner loop, so each row keeps its accumulators over the super-blocks.
@@ -26,16 +27,19 @@ class BackwardUnit {
     d_k_ = c.take<A>(p.d_key.data ? slots * d_k_stride_ : 0);
     d_v_ = c.take<A>(p.d_value.data ? slots * d_v_stride_ : 0);
     d_mean_ = c.take<A>(slots * p.value_dim);
-    q_ = c.take<A>(max_lanes * p.head_dim);
-    d_o_ = c.take<A>(max_lanes * p.value_dim);
+    q_ = c.take<O>(max_lanes * operands<T>(p.head_dim));
+    d_o_ = c.take<O>(max_lanes * operands<T>(p.value_dim));
     d_q_ = c.take<A>(p.d_query.data ? max_lanes * p.head_dim : 0);
-    q_rows_ = c.take<A>(max_lanes * k_stride_);
-    d_o_rows_ = c.take<A>(max_lanes * v_stride_);
+    q_rows_ = c.take<O>(operands<T>(max_lanes) * k_stride_);
+    d_o_rows_ = c.take<O>(operands<T>(max_lanes) * v_stride_);
     shift_ = c.take<A>(max_lanes);
     minus_delta_ = c.take<A>(max_lanes);
-    plain_rows_ = c.take<A>((kBlock + 1) * (k_stride_ > v_stride_ ? k_stride_ : v_stride_));
-    probs_ = c.take<A>(kTileKeys * kBlock);
-    d_scores_ = c.take<A>(kTileKeys * kBlock);
+    d_o_plain_ = c.take<A>(kBlock * v_stride_);
+    const int64_t widest = k_stride_ > v_stride_ ? k_stride_ : v_stride_;
+    rows_ = c.take<O>(kBlock * widest);
+    if constexpr (kPairs<T>) pair_rows_ = c.take<T>(kBlock * pair_row_stride(widest));
+    probs_ = c.take<O>(kTileKeys * operands<T>(kBlock));
+    d_scores_ = c.take<O>(kTileKeys * operands<T>(kBlock));
   }
 
   void run(const BackwardUnitOfWork& w) {
@@ -54,8 +58,7 @@ class BackwardUnit {
       lanes_.fill(first, min(first + max_lanes_, queries_), p_.q_len, kBlock);
       build_table<T>(table_, p_, shared, head_, lanes_);
       if (p_.d_bias.data) __builtin_memset(d_table_, 0, sizeof(A) * lanes_.padded / kBlock * table_.stride);
-      for (int64_t r = w.row_begin; r < w.row_end; ++r)
-        run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);
+      for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);
       if (p_.d_bias.data) store_d_bias(w);
     }
   }
@@ -77,8 +80,10 @@ class BackwardUnit {
       if (d_v) __builtin_memset(d_v, 0, sizeof(A) * keys_.padded * v_stride_);
       __builtin_memset(d_mean, 0, sizeof(A) * value_dim_);
     }
-    for (int u = 0; u < lanes_.padded; u += W) prepare_lanes(batch, first_query, u, d_mean);
-    for (int s = 0; s < lanes_.padded; s += kBlock) prepare_block(batch, s);
+    for (int s = 0; s < lanes_.padded; s += kBlock) {
+      prepare_lanes(batch, first_query, s, d_mean);
+      prepare_operands(at<const T>(p_.query, batch.query, head_), s);
+    }
     if (p_.d_query.data) __builtin_memset(d_q_, 0, sizeof(A) * lanes_.padded * head_dim_);
 
     Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
@@ -87,9 +92,9 @@ class BackwardUnit {
       const int count = keys_.padded - key < kTileKeys ? keys_.padded - key : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
         prefetch.step();
-        const LogitTile<A> logits = table_.logits(s, keys_.table_row + key, keys_.key + key, mask, lanes_, count, keys_.count - key);
-        block(s).add_keys(keys_.k + key, keys_.v + key, logits, keys_.table_row + key, count, d_k ? d_k + key * k_stride_ : nullptr,
-                          d_v ? d_v + key * v_stride_ : nullptr);
+        const LogitTile<A> logits =
+            table_.logits(s, keys_.table_row + key, keys_.key + key, mask, lanes_, count, keys_.count - key);
+        add_tile(s, key, count, logits, d_k ? d_k + key * k_stride_ : nullptr, d_v ? d_v + key * v_stride_ : nullptr);
       }
     }
     if (p_.d_query.data) {
@@ -99,27 +104,33 @@ class BackwardUnit {
                                lanes_.lane + u, lanes_.count - u);
     }
     if (!last) return;
-    if (d_k) store_rows(d_k, k_stride_, head_dim_, nullptr, at<T>(p_.d_key, batch.d_key, w.kv_head), p_.d_key);
-    if (d_v) store_rows(d_v, v_stride_, value_dim_, p_.mean_rows ? d_mean : nullptr, at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
+    if (d_k)
+      store_rows(d_k, k_stride_, head_dim_, kPairs<T> ? p_.scale : 1, nullptr, at<T>(p_.d_key, batch.d_key, w.kv_head),
+                 p_.d_key);
+    if (d_v)
+      store_rows(d_v, v_stride_, value_dim_, 1, p_.mean_rows ? d_mean : nullptr,
+                 at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
   }
 
-  BackwardBlock<A, NQ> block(int s) const {
-    const int lanes = lanes_.count - s * kBlock;
-    return {q_ + s * kBlock * head_dim_,
-            d_o_ + s * kBlock * value_dim_,
-            q_rows_ + s * kBlock * k_stride_,
-            d_o_rows_ + s * kBlock * v_stride_,
-            shift_ + s * kBlock,
-            minus_delta_ + s * kBlock,
-            p_.d_query.data ? d_q_ + s * kBlock * head_dim_ : nullptr,
-            p_.d_bias.data ? d_table_ + s * table_.stride : nullptr,
-            probs_,
-            d_scores_,
-            head_dim_,
-            value_dim_,
-            lanes < kBlock ? lanes : kBlock,
-            k_stride_,
-            v_stride_};
+  // One tile of keys for sub-block s.
+  void add_tile(int s, int key, int count, const LogitTile<A>& logits, A* d_k, A* d_v) const {
+    const int left = lanes_.count - s * kBlock, lanes = left < kBlock ? left : kBlock;
+    const O *q = q_ + s * kBlock * operands<T>(head_dim_), *d_o = d_o_ + s * kBlock * operands<T>(value_dim_);
+    const O *q_rows = q_rows_ + s * operands<T>(kBlock) * k_stride_,
+            *d_o_rows = d_o_rows_ + s * operands<T>(kBlock) * v_stride_;
+    const A *shift = shift_ + s * kBlock, *minus_delta = minus_delta_ + s * kBlock;
+    A* d_q = p_.d_query.data ? d_q_ + s * kBlock * head_dim_ : nullptr;
+    A* d_table = p_.d_bias.data ? d_table_ + s * table_.stride : nullptr;
+    const int32_t* d_table_row = keys_.table_row + key;
+    if constexpr (kPairs<T>)
+      PairBackwardBlock<NQ>{
+          q,      d_o,       q_rows,    d_o_rows,   shift, minus_delta, d_q,       d_table,
+          probs_, d_scores_, head_dim_, value_dim_, lanes, k_stride_,   v_stride_, static_cast<A>(p_.scale * kLog2E)}
+          .add_keys(keys_.k + key, keys_.v + key, keys_.k_outer + key / 2, logits, d_table_row, count, d_k, d_v);
+    else
+      BackwardBlock<A, NQ>{q,      d_o,       q_rows,    d_o_rows,   shift, minus_delta, d_q,      d_table,
+                           probs_, d_scores_, head_dim_, value_dim_, lanes, k_stride_,   v_stride_}
+          .add_keys(keys_.k + key, keys_.v + key, logits, d_table_row, count, d_k, d_v);
   }
 
   void prefetch_row(Prefetch& prefetch, const Offsets& next, int64_t kv_head) const {
@@ -131,8 +142,9 @@ class BackwardUnit {
     prefetch.lanes(at<const T>(p_.grad_out, next.grad_out, head_), p_.grad_out, lanes_, p_.value_dim);
   }
 
-  // For the W lanes from lane u: shift, -delta and the rows of dO (into d_o_rows_, plain layout), and d_gate, which is final.
-  void prepare_lanes(const Offsets& batch, int64_t first_query, int u, A* d_mean) {
+  // For the lanes of the sub-block from lane `first`: shift, -delta and the rows of dO (d_o_plain_), and d_gate, which is
+  // final.
+  void prepare_lanes(const Offsets& batch, int64_t first_query, int first, A* d_mean) {
     const A* row_max = at<const A>(p_.row_max, batch.row_max, head_) + first_query;
     const A* row_sum = at<const A>(p_.row_sum, batch.row_sum, head_) + first_query;
     const T* gate = at<const T>(p_.gate, batch.gate, head_);
@@ -140,9 +152,9 @@ class BackwardUnit {
     const T* grad_out = at<const T>(p_.grad_out, batch.grad_out, head_);
     const A* grad_lse = at<const A>(p_.grad_lse, batch.grad_lse, head_);
     T* d_gate = at<T>(p_.d_gate, batch.d_gate, head_);
-    for (int i = u; i < u + W; ++i) {
+    for (int i = first; i < first + kBlock; ++i) {
       const int existing = i < lanes_.count ? i : lanes_.count - 1;
-      A* row = d_o_rows_ + i * v_stride_;
+      A* row = d_o_plain_ + (i - first) * v_stride_;
       shift_[i] = row_max[existing];
       minus_delta_[i] = 0;
       // A tail lane contributes nothing; nor does a row with no attended key, whose delta may be infinite.
@@ -181,48 +193,71 @@ class BackwardUnit {
     }
   }
 
-  // Transposed copies, and the row-major operands of the key and value gradients, of one sub-block.
-  void prepare_block(const Offsets& batch, int s) {
-    const T* query = at<const T>(p_.query, batch.query, head_);
+  // The operands of the sub-block from lane s: q and dO transposed, and in rows for the key and value gradients. Pairs hold
+  // q itself and take the scale after the product, so that it is never rounded to 16 bits.
+  void prepare_operands(const T* query, int s) {
+    O *q = q_ + s * operands<T>(head_dim_), *d_o = d_o_ + s * operands<T>(value_dim_);
+    O *q_rows = q_rows_ + operands<T>(s) * k_stride_, *d_o_rows = d_o_rows_ + operands<T>(s) * v_stride_;
     const Lane* lane = lanes_.lane + s;
-    A *q = q_ + s * head_dim_, *d_o = d_o_ + s * value_dim_, *q_rows = q_rows_ + s * k_stride_, *d_o_rows = d_o_rows_ + s * v_stride_;
-    const View rows{nullptr, {}, 0, v_stride_, 1};
-    Lane numbered[kBlock];
-    for (int i = 0; i < kBlock; ++i) numbered[i] = {0, i};
-    for (int u = 0; u < kBlock; u += W) {
-      transpose_rows<T, A>(query, p_.query, lane + u, head_dim_, static_cast<A>(p_.scale * kLog2E), q + u, kBlock);
-      transpose_rows<A, A>(d_o_rows, rows, numbered + u, value_dim_, 1, d_o + u, kBlock);
-    }
-    if (interleaved<A>(value_dim_)) interleave_rows(d_o_rows, v_stride_);
-    for (int i = 0; i < kBlock; ++i)
-      for (int d = 0; d < head_dim_; d += W) {
-        const int n = head_dim_ - d < W ? head_dim_ - d : W;
-        store(q_rows + i * k_stride_ + d, load_n(query + lane[i].offset(p_.query) + d, n) * set1<A>(static_cast<A>(p_.scale)));
+    if constexpr (kPairs<T>) {
+      copy_rows(query, p_.query, lane, kBlock, head_dim_, pair_rows_);
+      transpose_pairs<NQ>(pair_rows_, head_dim_, q);
+      zip_lanes(head_dim_, k_stride_, q_rows);
+      narrow_rows(d_o_plain_, v_stride_, kBlock, value_dim_, pair_rows_);
+      transpose_pairs<NQ>(pair_rows_, value_dim_, d_o);
+      zip_lanes(value_dim_, v_stride_, d_o_rows);
+    } else {
+      const View plain{nullptr, {}, 0, v_stride_, 1};
+      Lane numbered[kBlock];
+      for (int i = 0; i < kBlock; ++i) numbered[i] = {0, i};
+      for (int u = 0; u < kBlock; u += W) {
+        transpose_rows<T, A>(query, p_.query, lane + u, head_dim_, static_cast<A>(p_.scale * kLog2E), q + u, kBlock);
+        transpose_rows<A, A>(d_o_plain_, plain, numbered + u, value_dim_, 1, d_o + u, kBlock);
       }
-    if (interleaved<A>(head_dim_)) interleave_rows(q_rows, k_stride_);
+      __builtin_memcpy(d_o_rows, d_o_plain_, sizeof(A) * kBlock * v_stride_);
+      for (int i = 0; i < kBlock; ++i)
+        for (int d = 0; d < head_dim_; d += W) {
+          const int n = head_dim_ - d < W ? head_dim_ - d : W;
+          store(q_rows + i * k_stride_ + d,
+                load_n(query + lane[i].offset(p_.query) + d, n) * set1<A>(static_cast<A>(p_.scale)));
+        }
+      if (interleaved<A>(value_dim_)) interleave_rows(d_o_rows, kBlock, v_stride_);
+      if (interleaved<A>(head_dim_)) interleave_rows(q_rows, kBlock, k_stride_);
+    }
+  }
+
+  // pair_rows_, two lanes to a row of pairs.
+  void zip_lanes(int dim, int64_t stride, O* rows) {
+    if constexpr (kPairs<T>) {
+      const int64_t from = pair_row_stride(dim);
+      for (int i = 0; i < kBlock; i += 2)
+        zip_rows(pair_rows_ + i * from, pair_rows_ + (i + 1) * from, from < stride ? from : stride, rows + i / 2 * stride);
+      if (interleaved<A>(dim)) interleave_rows(rows, kBlock / 2, stride);
+    }
   }
 
   // Rows i and i + 1, alternating element by element, in the place of both (two rows of half the stride).
-  void interleave_rows(A* rows, int64_t stride) {
-    __builtin_memcpy(plain_rows_, rows, sizeof(A) * kBlock * stride);
-    for (int i = 0; i < kBlock; i += 2) {
-      const A *a = plain_rows_ + i * stride, *b = a + stride;
-      A* dst = rows + i / 2 * stride;
+  void interleave_rows(O* rows, int count, int64_t stride) {
+    __builtin_memcpy(rows_, rows, sizeof(O) * count * stride);
+    for (int i = 0; i < count; i += 2) {
+      const O *a = rows_ + i * stride, *b = a + stride;
+      O* dst = rows + i / 2 * stride;
       for (int64_t d = 0; d < stride / 2; ++d) dst[2 * d] = a[d], dst[2 * d + 1] = b[d];
     }
   }
 
-  // Accumulated rows of the listed keys, to d_key or d_value; keys that are not listed get `mean` (or 0).
-  void store_rows(A* acc, int64_t stride, int dim, const A* mean, T* base, const View& v) const {
+  // Accumulated rows of the listed keys, to d_key or d_value; times `factor`; keys that are not listed get `mean` (or 0).
+  void store_rows(A* acc, int64_t stride, int dim, double factor, const A* mean, T* base, const View& v) const {
     if (interleaved<A>(dim)) {
       for (int i = 0; i < keys_.count; ++i)
-        for (int64_t d = 0; d < stride / 2; ++d) acc[i * stride + d] = acc[i * stride + 2 * d] + acc[i * stride + 2 * d + 1];
+        for (int64_t d = 0; d < stride / 2; ++d)
+          acc[i * stride + d] = acc[i * stride + 2 * d] + acc[i * stride + 2 * d + 1];
     }
     for (int64_t key = 0, i = 0; key < p_.k_len; ++key) {
       const bool listed = i < keys_.count && keys_.key[i] == key;
       for (int d = 0; d < dim; d += W) {
         const int n = dim - d < W ? dim - d : W;
-        Vec<A> x = listed ? load(acc + i * stride + d) : Vec<A>{};
+        Vec<A> x = listed ? load(acc + i * stride + d) * set1<A>(static_cast<A>(factor)) : Vec<A>{};
         if (mean) x += load_n(mean + d, n);
         store_n(base + key * v.row + d, x, n);
       }
@@ -230,8 +265,8 @@ class BackwardUnit {
     }
   }
 
-  // Transposes d_table_ into this unit's slice of d_bias. Lanes that share an element (a bias broadcast over queries, keys or
-  // the heads of a group) are added in order; the launcher has zeroed the slice then.
+  // Transposes d_table_ into this unit's slice of d_bias. Lanes that share an element (a bias broadcast over queries, keys
+  // or the heads of a group) are added in order; the launcher has zeroed the slice then.
   void store_d_bias(const BackwardUnitOfWork& w) const {
     const Offsets batch(p_, w.outer * p_.rows);
     A* base = at<A>(p_.d_bias, batch.d_bias, head_) + w.partial;
@@ -264,12 +299,15 @@ class BackwardUnit {
   Lanes lanes_;
   Table<A> table_;
   Keys<T, A> keys_;
-  A* d_table_;            // as table_.data
-  A *d_k_, *d_v_;         // [slot][k_len, padded][stride]
-  A* d_mean_;             // [slot][value_dim]: what fully masked rows give every value
-  A *q_, *d_o_, *d_q_;    // [sub-block][dimension][kBlock]
-  A *q_rows_, *d_o_rows_;  // [lane][stride]
+  A* d_table_;               // as table_.data
+  A *d_k_, *d_v_;            // [slot][k_len, padded][stride]
+  A* d_mean_;                // [slot][value_dim]: what fully masked rows give every value
+  O *q_, *d_o_;              // [sub-block][operands of a dimension][kBlock]
+  A* d_q_;                   // [sub-block][head_dim][kBlock]
+  O *q_rows_, *d_o_rows_;    // [lane, or pair of lanes][stride]
   A *shift_, *minus_delta_;  // [lane]
-  A* plain_rows_;         // [kBlock][stride]
-  A *probs_, *d_scores_;  // [kTileKeys][kBlock]
+  A* d_o_plain_;             // [kBlock][v_stride]
+  O* rows_;                  // [kBlock][stride]
+  T* pair_rows_ = nullptr;   // [kBlock][pair_row_stride], for pairs only
+  O *probs_, *d_scores_;     // [kTileKeys][operands of kBlock]
 };

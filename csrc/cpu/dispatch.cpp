@@ -31,7 +31,8 @@ const CpuKernels& choose() {
     wanted = 0;
     while (wanted < 4 && std::strcmp(name, names[wanted]) != 0) ++wanted;
     if (wanted == 4)
-      throw std::runtime_error(std::string(kVariable) + " must be default, avx2, avx512 or avx512_bf16, but is '" + name + "'");
+      throw std::runtime_error(std::string(kVariable) + " must be default, avx2, avx512 or avx512_bf16, but is '" + name +
+                               "'");
   }
   return *sets[wanted < supported ? wanted : supported - 1];
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Forward and backward for a handful of queries per key/value head (pointwise attention over templates, decoding one token).
-// A lane per query would leave most lanes idle, so here a lane is a dimension: scores are horizontal sums, every key and
-// value is read once, and a row of scores is the only scratch. The formulas are those of forward.h and backward.h.
+// Forward and backward for a handful of queries per key/value head (pointwise attention over templates, decoding one
+// token). A lane per query would leave most lanes idle, so here a lane is a dimension: scores are horizontal sums, every
+// key and value is read once, and a row of scores is the only scratch. The formulas are those of forward.h and backward.h.
 
 // One query: its attended keys and their scores.
 template <class T, class A>
@@ -79,8 +79,8 @@ static inline void prefetch_keys(const Problem& p, const Offsets& next) {
 }
 
 template <class T, class A>
-static inline void fill_scores(QueryScores<T, A>& scores, const Problem& p, const Offsets& batch, int64_t kv_head, int64_t head,
-                               Lane lane) {
+static inline void fill_scores(QueryScores<T, A>& scores, const Problem& p, const Offsets& batch, int64_t kv_head,
+                               int64_t head, Lane lane) {
   const T* query = at<const T>(p.query, batch.query, head) + lane.offset(p.query);
   const uint8_t* mask = p.mask.data ? at<const uint8_t>(p.mask, batch.mask, head) + lane.offset(p.mask) : nullptr;
   const int64_t bias_offset = batch.bias + head * p.bias.head + lane.offset(p.bias);
@@ -147,8 +147,7 @@ class FewQueriesForward {
 template <class T, class A>
 class FewQueriesBackward {
  public:
-  FewQueriesBackward(const Problem& p, Carver& c)
-      : p_(p), scores_(p, c), rows_(p, c), d_scores_(c.take<A>(p.k_len)) {}
+  FewQueriesBackward(const Problem& p, Carver& c) : p_(p), scores_(p, c), rows_(p, c), d_scores_(c.take<A>(p.k_len)) {}
 
   void run(const BackwardUnitOfWork& w) {
     Lanes lanes;

@@ -6,22 +6,33 @@
 
 template <class T, class A>
 struct Keys {
-  int count = 0;     // attended
-  int padded = 0;    // a multiple of the micro-tile
-  int32_t* key;      // [padded] position
+  using O = Operand<T, A>;
+  int count = 0;       // attended
+  int padded = 0;      // a multiple of kKeyGroup
+  int32_t* key;        // [padded] position
   int32_t* table_row;  // [padded] row of the logit table
-  const A** k;       // [padded] rows of key and value in the arithmetic type
-  const A** v;
+  const O **k, **v;    // [padded] rows of key and value, for products over dimensions (v: backward only, with pairs)
+  const O** k_outer;   // rows for products over keys: those of k and v, or, of pairs, [padded / 2] rows that hold two keys
+  const O** v_outer;
 
-  Keys(const Problem& p, Carver& c) {
-    const int64_t room = p.k_len + kMicroKeys;
+  Keys(const Problem& p, bool backward, Carver& c) {
+    const int64_t room = p.k_len + kKeyGroup<T>, widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
     key = c.take<int32_t>(room);
     table_row = c.take<int32_t>(room);
-    k = c.take<const A*>(room);
-    v = c.take<const A*>(room);
-    zeros_ = c.take<A>(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
-    packed_k_ = in_place(p.key, p.head_dim) ? nullptr : c.take<A>(p.k_len * p.head_dim);
-    packed_v_ = in_place(p.value, p.value_dim) ? nullptr : c.take<A>(p.k_len * p.value_dim);
+    k = c.take<const O*>(room);
+    v = c.take<const O*>(room);
+    zeros_ = c.take<O>(widest);
+    if constexpr (kPairs<T>) {
+      k_outer = backward ? c.take<const O*>(room) : nullptr;
+      v_outer = backward ? nullptr : c.take<const O*>(room);
+      packed_k_ = c.take<O>(p.k_len * operands<T>(p.head_dim));
+      packed_v_ = backward ? c.take<O>(p.k_len * operands<T>(p.value_dim)) : nullptr;
+      zipped_ = c.take<O>((p.k_len + 1) / 2 * (backward ? p.head_dim : p.value_dim));
+    } else {
+      k_outer = k, v_outer = v;
+      packed_k_ = in_place(p.key, p.head_dim) ? nullptr : c.take<A>(p.k_len * p.head_dim);
+      packed_v_ = in_place(p.value, p.value_dim) ? nullptr : c.take<A>(p.k_len * p.value_dim);
+    }
   }
 
   // `mask` points at the first key of this batch entry and head, or is null.
@@ -32,15 +43,20 @@ struct Keys {
       n += !mask || mask[j * p.mask.col];
     }
     count = n;
-    padded = (n + kMicroKeys - 1) / kMicroKeys * kMicroKeys;
+    padded = (n + kKeyGroup<T> - 1) / kKeyGroup<T> * kKeyGroup<T>;
     for (int i = 0; i < n; ++i) table_row[i] = has_table ? key[i] : 0;
-    rows(k_base, p.key, p.head_dim, packed_k_, k);
-    rows(v_base, p.value, p.value_dim, packed_v_, v);
     for (int64_t d = 0; d < p.head_dim || d < p.value_dim; ++d) zeros_[d] = 0;
     for (int i = n; i < padded; ++i) {
       key[i] = 0;
       table_row[i] = has_table ? static_cast<int32_t>(p.k_len) : 1;
-      k[i] = v[i] = zeros_;
+    }
+    rows(k_base, p.key, p.head_dim, packed_k_, k);
+    if constexpr (kPairs<T>) {
+      if (packed_v_) rows(v_base, p.value, p.value_dim, packed_v_, v);
+      if (v_outer) zipped_rows(v_base, p.value, p.value_dim, v_outer);
+      if (k_outer) zipped_rows(k_base, p.key, p.head_dim, k_outer);
+    } else {
+      rows(v_base, p.value, p.value_dim, packed_v_, v);
     }
   }
 
@@ -49,25 +65,42 @@ struct Keys {
   // rows far apart share few cache sets, and every sub-block of queries reads them again.
   static bool in_place(const View& v, int64_t dim) { return sizeof(T) == sizeof(A) && v.row >= 0 && v.row <= 2 * dim; }
 
-  void rows(const T* base, const View& v, int64_t dim, A* packed, const A** out) const {
+  void rows(const T* base, const View& v, int64_t dim, O* packed, const O** out) const {
     for (int i = 0; i < count; ++i) {
       const T* src = base + key[i] * v.row;
-      if constexpr (sizeof(T) == sizeof(A)) {
-        if (!packed) {
-          out[i] = src;
-          continue;
+      O* dst = packed + i * operands<T>(dim);
+      out[i] = dst;
+      if constexpr (kPairs<T>) {
+        if (dim % 2) dst[dim / 2] = 0;
+        __builtin_memcpy(dst, src, dim * sizeof(T));
+      } else {
+        if constexpr (sizeof(T) == sizeof(A)) {
+          if (!packed) {
+            out[i] = src;
+            continue;
+          }
+        }
+        for (int64_t d = 0; d < dim; d += kLanes<A>) {
+          const int n = static_cast<int>(dim - d < kLanes<A> ? dim - d : kLanes<A>);
+          store_n(dst + d, load_n(src + d, n), n);
         }
       }
-      A* dst = packed + i * dim;
-      for (int64_t d = 0; d < dim; d += kLanes<A>) {
-        const int n = static_cast<int>(dim - d < kLanes<A> ? dim - d : kLanes<A>);
-        store_n(dst + d, load_n(src + d, n), n);
+    }
+    for (int i = count; i < padded; ++i) out[i] = zeros_;
+  }
+
+  void zipped_rows(const T* base, const View& v, int64_t dim, const O** out) const {
+    if constexpr (kPairs<T>) {
+      for (int i = 0; i < padded; i += 2) {
+        O* dst = zipped_ + i / 2 * dim;
+        out[i / 2] = i < count ? dst : zeros_;
+        if (i < count) zip_rows(base + key[i] * v.row, i + 1 < count ? base + key[i + 1] * v.row : nullptr, dim, dst);
       }
-      out[i] = dst;
     }
   }
 
-  A* zeros_;     // [max(head_dim, value_dim)]
-  A* packed_k_;  // [k_len, head_dim], [k_len, value_dim], null where rows are read in place
-  A* packed_v_;
+  O* zeros_;     // [max(head_dim, value_dim)]
+  O* packed_k_;  // [k_len][operands], null where rows are read in place
+  O* packed_v_;
+  O* zipped_ = nullptr;  // [(k_len + 1) / 2][dim]
 };

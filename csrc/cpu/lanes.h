@@ -67,8 +67,8 @@ static inline void store_transposed(const A* src, int stride, int count, Vec<A> 
 
 // Offsets of one batch entry, per operand.
 struct Offsets {
-  int64_t query, key, value, gate, mask, bias, out, lse, row_max, row_sum, grad_out, grad_lse, d_query, d_key, d_value, d_gate,
-      d_bias;
+  int64_t query, key, value, gate, mask, bias, out, lse, row_max, row_sum, grad_out, grad_lse, d_query, d_key, d_value,
+      d_gate, d_bias;
   Offsets(const Problem& p, int64_t index) {
     int64_t coordinate[kMaxBatchDims];
     for (int d = kMaxBatchDims - 1; d >= 0; --d) {
@@ -81,7 +81,8 @@ struct Offsets {
       return sum;
     };
     query = offset(p.query), key = offset(p.key), value = offset(p.value), gate = offset(p.gate), mask = offset(p.mask);
-    bias = offset(p.bias), out = offset(p.out), lse = offset(p.lse), row_max = offset(p.row_max), row_sum = offset(p.row_sum);
+    bias = offset(p.bias), out = offset(p.out), lse = offset(p.lse), row_max = offset(p.row_max),
+    row_sum = offset(p.row_sum);
     grad_out = offset(p.grad_out), grad_lse = offset(p.grad_lse), d_query = offset(p.d_query), d_key = offset(p.d_key);
     d_value = offset(p.d_value), d_gate = offset(p.d_gate), d_bias = offset(p.d_bias);
   }

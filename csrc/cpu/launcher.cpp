@@ -30,8 +30,7 @@ void run_units(int64_t units, int64_t scratch_bytes, const F& f) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      for (int64_t i; (i = next.fetch_add(1)) < units;)
-        f(i, static_cast<char*>(scratch.data_ptr()) + t * scratch_bytes);
+      for (int64_t i; (i = next.fetch_add(1)) < units;) f(i, static_cast<char*>(scratch.data_ptr()) + t * scratch_bytes);
   });
 }
 
@@ -47,9 +46,9 @@ at::Tensor readable_bias(const OptionalTensor& bias, const at::Tensor& query) {
   return b.defined() && query.scalar_type() == at::kDouble ? b.to(at::kDouble) : b;
 }
 
-ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                          const OptionalTensor& bias, const OptionalTensor& mask, std::optional<double> scale,
-                          c10::string_view masked_rows) {
+ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                          const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,
+                          std::optional<double> scale, c10::string_view masked_rows) {
   check_forward<int64_t>(query, key, value, gate, bias, mask, masked_rows);
   ForwardResult result = empty_forward<int64_t>(query, value);
   auto& [out, lse, row_max, row_sum] = result;
@@ -83,9 +82,10 @@ bool per_query(const at::Tensor& d_gate, const at::Tensor& out) {
 }
 
 Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& query,
-                       const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate, const OptionalTensor& bias,
-                       const OptionalTensor& mask, const at::Tensor& out, const at::Tensor& row_max, const at::Tensor& row_sum,
-                       std::optional<double> scale, c10::string_view masked_rows, std::array<bool, 5> grad_mask) {
+                       const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
+                       const OptionalTensor& bias, const OptionalTensor& mask, const at::Tensor& out,
+                       const at::Tensor& row_max, const at::Tensor& row_sum, std::optional<double> scale,
+                       c10::string_view masked_rows, std::array<bool, 5> grad_mask) {
   check_backward<int64_t>(grad_out, grad_lse, query, key, value, gate, bias, mask, out, row_max, row_sum, masked_rows);
   Gradients result = empty_gradients<int64_t>(query, key, value, gate, bias, grad_mask);
   auto& [d_query, d_key, d_value, d_gate, d_bias] = result;

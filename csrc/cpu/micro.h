@@ -9,78 +9,92 @@ constexpr int kMicroKeys = 8;  // 8 keys x 2 vectors = 16 accumulators of 32 reg
 constexpr int kMicroKeys = 4;  // 4 keys x 2 vectors = 8 accumulators of 16 registers
 #endif
 
+// Operands (O) are of the arithmetic type A, or pairs of bfloat16 (Pair) whose products are summed into one float: pairs of
+// dimensions, keys or lanes, whichever the product sums over. Wherever it is a pair, `dim`, `lanes` and strides count
+// pairs.
+using Pair = int32_t;
+template <>
+struct VecOf<Pair> {
+  using type = VecI;
+};
+TGA_INLINE VecF mul_add(VecF a, VecF b, VecF c) { return fma(a, b, c); }
+TGA_INLINE VecD mul_add(VecD a, VecD b, VecD c) { return fma(a, b, c); }
+#if defined(TGA_AVX512_BF16)
+TGA_INLINE VecF mul_add(VecI a, VecI b, VecF c) { return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+#endif
+
 // s[j][lane] += sum_d rows[j][d] * lanes[d][lane]
-template <class A, int NQ>
-TGA_INLINE void add_dot(Vec<A> (&s)[kMicroKeys][NQ], const A* const* rows, const A* lanes, int dim) {
-  constexpr int W = kLanes<A>;
-  const A* r[kMicroKeys];
+template <class A, class O, int NQ>
+TGA_INLINE void add_dot(Vec<A> (&s)[kMicroKeys][NQ], const O* const* rows, const O* lanes, int dim) {
+  constexpr int W = kLanes<O>;
+  const O* r[kMicroKeys];
   TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) r[j] = rows[j];
   _Pragma("GCC unroll 4") for (int64_t d = 0; d < dim; ++d) {
-    Vec<A> x[NQ];
+    Vec<O> x[NQ];
     TGA_UNROLL for (int u = 0; u < NQ; ++u) x[u] = load(lanes + (d * NQ + u) * W);
     TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) {
-      const Vec<A> b = set1<A>(r[j][d]);
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] = fma(b, x[u], s[j][u]);
+      const Vec<O> b = set1<O>(r[j][d]);
+      TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] = mul_add(b, x[u], s[j][u]);
     }
   }
 }
 
 // acc[d][lane] += sum_j rows[j][d] * p[j][lane]. DU dimensions at once give DU * NQ independent chains.
-template <class A, int NQ, int DU>
-TGA_INLINE void add_outer_step(A* acc, const Vec<A> (&p)[kMicroKeys][NQ], const A* const (&r)[kMicroKeys], int64_t d) {
+template <class A, class O, int NQ, int DU>
+TGA_INLINE void add_outer_step(A* acc, const Vec<O> (&p)[kMicroKeys][NQ], const O* const (&r)[kMicroKeys], int64_t d) {
   constexpr int W = kLanes<A>;
   Vec<A> x[DU][NQ];
-  TGA_UNROLL for (int e = 0; e < DU; ++e)
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) x[e][u] = load(acc + ((d + e) * NQ + u) * W);
-  TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-    TGA_UNROLL for (int e = 0; e < DU; ++e) {
-      const Vec<A> b = set1<A>(r[j][d + e]);
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) x[e][u] = fma(b, p[j][u], x[e][u]);
-    }
-  TGA_UNROLL for (int e = 0; e < DU; ++e)
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) store(acc + ((d + e) * NQ + u) * W, x[e][u]);
+  TGA_UNROLL for (int e = 0; e < DU; ++e) TGA_UNROLL for (int u = 0; u < NQ; ++u) x[e][u] =
+      load(acc + ((d + e) * NQ + u) * W);
+  TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int e = 0; e < DU; ++e) {
+    const Vec<O> b = set1<O>(r[j][d + e]);
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) x[e][u] = mul_add(b, p[j][u], x[e][u]);
+  }
+  TGA_UNROLL for (int e = 0; e < DU; ++e) TGA_UNROLL for (int u = 0; u < NQ; ++u)
+      store(acc + ((d + e) * NQ + u) * W, x[e][u]);
 }
-template <class A, int NQ>
-TGA_INLINE void add_outer(A* acc, const Vec<A> (&p)[kMicroKeys][NQ], const A* const* rows, int dim) {
-  const A* r[kMicroKeys];
+template <class A, class O, int NQ>
+TGA_INLINE void add_outer(A* acc, const Vec<O> (&p)[kMicroKeys][NQ], const O* const* rows, int dim) {
+  const O* r[kMicroKeys];
   TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) r[j] = rows[j];
   int64_t d = 0;
-  for (; d + 2 <= dim; d += 2) add_outer_step<A, NQ, 2>(acc, p, r, d);
-  if (d < dim) add_outer_step<A, NQ, 1>(acc, p, r, d);
+  for (; d + 2 <= dim; d += 2) add_outer_step<A, O, NQ, 2>(acc, p, r, d);
+  if (d < dim) add_outer_step<A, O, NQ, 1>(acc, p, r, d);
 }
 
 // Row-major products, for the gradients of key and value: acc[j][:] += sum_lane tile[j][lane] * rows[lane][:].
 //
 // With INTERLEAVE = 2 a vector holds half as many dimensions of two neighbouring lanes, alternating, so that a small
-// head_dim fills it; the pairs of the accumulator are added at the end (fold_pairs).
-template <class A, int INTERLEAVE>
-TGA_INLINE Vec<A> broadcast_lanes(const A* p) {
-  if constexpr (INTERLEAVE == 1) return set1<A>(*p);
-  double pair;
-  __builtin_memcpy(&pair, p, sizeof pair);
-  return (Vec<A>)set1<double>(pair);
+// head_dim fills it; the pairs of the accumulator are added at the end.
+template <class O, int INTERLEAVE>
+TGA_INLINE Vec<O> broadcast_lanes(const O* p) {
+  if constexpr (INTERLEAVE == 1) {
+    return set1<O>(*p);
+  } else {
+    double both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return (Vec<O>)set1<double>(both);
+  }
 }
-template <class A, int INTERLEAVE, int NV, int JB>
-TGA_INLINE void add_rows_step(A* acc, const A* tile, int block, const A* rows, int lanes, int64_t stride) {
+template <class A, class O, int INTERLEAVE, int NV, int JB>
+TGA_INLINE void add_rows_step(A* acc, const O* tile, int block, const O* rows, int lanes, int64_t stride) {
   constexpr int W = kLanes<A>;
   Vec<A> c[JB][NV];
-  TGA_UNROLL for (int j = 0; j < JB; ++j)
-    TGA_UNROLL for (int n = 0; n < NV; ++n) c[j][n] = load(acc + j * stride + n * W);
+  TGA_UNROLL for (int j = 0; j < JB; ++j) TGA_UNROLL for (int n = 0; n < NV; ++n) c[j][n] = load(acc + j * stride + n * W);
   _Pragma("GCC unroll 2") for (int64_t i = 0; i < lanes; i += INTERLEAVE) {
-    Vec<A> x[NV];
+    Vec<O> x[NV];
     TGA_UNROLL for (int n = 0; n < NV; ++n) x[n] = load(rows + i / INTERLEAVE * stride + n * W);
     TGA_UNROLL for (int j = 0; j < JB; ++j) {
-      const Vec<A> b = broadcast_lanes<A, INTERLEAVE>(tile + j * block + i);
-      TGA_UNROLL for (int n = 0; n < NV; ++n) c[j][n] = fma(b, x[n], c[j][n]);
+      const Vec<O> b = broadcast_lanes<O, INTERLEAVE>(tile + j * block + i);
+      TGA_UNROLL for (int n = 0; n < NV; ++n) c[j][n] = mul_add(b, x[n], c[j][n]);
     }
   }
-  TGA_UNROLL for (int j = 0; j < JB; ++j)
-    TGA_UNROLL for (int n = 0; n < NV; ++n) store(acc + j * stride + n * W, c[j][n]);
+  TGA_UNROLL for (int j = 0; j < JB; ++j) TGA_UNROLL for (int n = 0; n < NV; ++n) store(acc + j * stride + n * W, c[j][n]);
 }
 
 // One strip of NV vectors for all `count` keys (a multiple of kMicroKeys).
-template <class A, int INTERLEAVE, int NV>
-TGA_INLINE void add_rows_strip(A* acc, const A* tile, int block, const A* rows, int count, int lanes, int64_t stride) {
+template <class A, class O, int INTERLEAVE, int NV>
+TGA_INLINE void add_rows_strip(A* acc, const O* tile, int block, const O* rows, int count, int lanes, int64_t stride) {
 #if defined(TGA_AVX512)
   constexpr int JB = NV == 1 ? 16 : NV <= 3 ? 8 : 4;  // 16 to 24 accumulators
 #else
@@ -88,31 +102,33 @@ TGA_INLINE void add_rows_strip(A* acc, const A* tile, int block, const A* rows, 
 #endif
   int j = 0;
   for (; j + JB <= count; j += JB)
-    add_rows_step<A, INTERLEAVE, NV, JB>(acc + j * stride, tile + j * block, block, rows, lanes, stride);
+    add_rows_step<A, O, INTERLEAVE, NV, JB>(acc + j * stride, tile + j * block, block, rows, lanes, stride);
   if constexpr (JB > kMicroKeys)
     if (j < count)
-      add_rows_step<A, INTERLEAVE, NV, kMicroKeys>(acc + j * stride, tile + j * block, block, rows, lanes, stride);
+      add_rows_step<A, O, INTERLEAVE, NV, kMicroKeys>(acc + j * stride, tile + j * block, block, rows, lanes, stride);
 }
-template <class A, int INTERLEAVE>
-static inline void add_rows(A* acc, const A* tile, int block, const A* rows, int count, int lanes, int64_t stride) {
+template <class A, class O, int INTERLEAVE>
+static inline void add_rows(A* acc, const O* tile, int block, const O* rows, int count, int lanes, int64_t stride) {
   constexpr int W = kLanes<A>;
-  int64_t n = 0;
-  for (const int64_t vectors = stride / W; n < vectors;) {
-    switch (vectors - n) {
-      case 1: add_rows_strip<A, INTERLEAVE, 1>(acc + n * W, tile, block, rows + n * W, count, lanes, stride); n += 1; break;
-      case 3: add_rows_strip<A, INTERLEAVE, 3>(acc + n * W, tile, block, rows + n * W, count, lanes, stride); n += 3; break;
-      default: {
 #if defined(TGA_AVX512)
-        if (vectors - n >= 4 && vectors - n != 5) {
-          add_rows_strip<A, INTERLEAVE, 4>(acc + n * W, tile, block, rows + n * W, count, lanes, stride);
-          n += 4;
-          break;
-        }
+  constexpr int kWide = 4;  // vectors of the widest strip
+#else
+  constexpr int kWide = 2;
 #endif
-        add_rows_strip<A, INTERLEAVE, 2>(acc + n * W, tile, block, rows + n * W, count, lanes, stride);
-        n += 2;
-      }
-    }
+  for (int64_t n = 0, left = stride / W; left > 0;) {
+    const auto strip = [&](auto vectors) {
+      add_rows_strip<A, O, INTERLEAVE, vectors.value>(acc + n * W, tile, block, rows + n * W, count, lanes, stride);
+      n += vectors.value;
+      left -= vectors.value;
+    };
+    if (left == 1)
+      strip(std::integral_constant<int, 1>{});
+    else if (left == 3 || left == 5)  // 5 = 3 + 2: no strip of one vector
+      strip(std::integral_constant<int, 3>{});
+    else if (left < kWide)
+      strip(std::integral_constant<int, 2>{});
+    else
+      strip(std::integral_constant<int, kWide>{});
   }
 }
 

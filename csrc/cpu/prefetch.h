@@ -16,7 +16,8 @@ class Prefetch {
   template <class T>
   void lanes(const T* base, const View& v, const Lanes& lanes, int64_t dim) {
     if (!base || v.col == 0) return;
-    add(base + lanes.lane[0].offset(v), lanes.count, v.row * static_cast<int64_t>(sizeof(T)), dim * static_cast<int64_t>(sizeof(T)));
+    add(base + lanes.lane[0].offset(v), lanes.count, v.row * static_cast<int64_t>(sizeof(T)),
+        dim * static_cast<int64_t>(sizeof(T)));
   }
 
   void step() {

@@ -15,8 +15,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Enough units per thread that the last ones to finish do not leave the others idle for long.
 constexpr int64_t kUnitsPerThread = 4;
 
-// Queries of a super-block: more use each loaded key tile more often, as long as the logit tables (`bytes_per_query` in all)
-// stay in the second-level cache, of which half a MiB is taken.
+// Queries of a super-block: more use each loaded key tile more often, as long as the logit tables (`bytes_per_query` in
+// all) stay in the second-level cache, of which half a MiB is taken.
 inline int super_block(int64_t queries, int block, int64_t bytes_per_query) {
   constexpr int64_t kTableBytes = 640 << 10, kMaxQueries = 256;
   int64_t n = block;
@@ -43,12 +43,9 @@ struct ForwardSchedule {
   ForwardUnitOfWork unit(const Problem& p, int64_t i) const {
     const int64_t group = i % row_groups, block = i / row_groups % super_blocks, head = i / row_groups / super_blocks;
     const int64_t queries = p.heads / p.kv_heads * p.q_len;
-    return {head / head_units(p),
-            head % head_units(p),
-            block * max_lanes,
-            std::min(queries, (block + 1) * max_lanes),
-            group * rows_per_group,
-            std::min(p.rows, (group + 1) * rows_per_group)};
+    return {head / head_units(p),   head % head_units(p),
+            block * max_lanes,      std::min(queries, (block + 1) * max_lanes),
+            group * rows_per_group, std::min(p.rows, (group + 1) * rows_per_group)};
   }
 };
 
@@ -71,7 +68,8 @@ struct BackwardSchedule {
   int64_t units(const Problem& p) const { return p.outer * head_units(p) * row_groups; }
   BackwardUnitOfWork unit(const Problem& p, int64_t i) const {
     const int64_t group = i % row_groups, head = i / row_groups;
-    return {head / head_units(p), head % head_units(p), group * rows_per_group, std::min(p.rows, (group + 1) * rows_per_group), 0};
+    return {head / head_units(p), head % head_units(p), group * rows_per_group,
+            std::min(p.rows, (group + 1) * rows_per_group), 0};
   }
 };
 

@@ -63,12 +63,8 @@ TGA_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m5
 // As the instruction has it: b where either is NaN.
 TGA_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
 TGA_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
-TGA_INLINE bool any_greater(VecF a, VecF b) {
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
-}
-TGA_INLINE bool any_greater(VecD a, VecD b) {
-  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
-}
+TGA_INLINE bool any_greater(VecF a, VecF b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0; }
+TGA_INLINE bool any_greater(VecD a, VecD b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0; }
 TGA_INLINE float sum_lanes(VecF a) { return _mm512_reduce_add_ps((__m512)a); }
 TGA_INLINE double sum_lanes(VecD a) { return _mm512_reduce_add_pd((__m512d)a); }
 #elif defined(TGA_AVX2)

@@ -45,8 +45,8 @@ struct Table {
   }
 
   // The tile of sub-block s for `count` listed keys, of which `attended` are not padding. `mask` is of this row.
-  LogitTile<A> logits(int s, const int32_t* table_row, const int32_t* key, const uint8_t* mask, const Lanes& lanes, int count,
-                      int attended) {
+  LogitTile<A> logits(int s, const int32_t* table_row, const int32_t* key, const uint8_t* mask, const Lanes& lanes,
+                      int count, int attended) {
     const A* table = data + s * stride;
     if (!per_row) return {table, table_row};
     for (int i = 0; i < count; ++i) {

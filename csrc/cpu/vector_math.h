@@ -31,13 +31,14 @@ TGA_INLINE Vec<A> horner(Vec<A> x, const double* coefficients, int count) {
 template <class A>
 TGA_INLINE Vec<A> exp2(Vec<A> x) {
   // float: minimax on [-1/2, 1/2], relative error 1.1e-7, 2^0 = 1 exactly. double: Taylor, ln2^n / n!, 4e-18.
-  constexpr double kFloat[] = {1.3264727140e-3, 9.6715126400e-3, 5.5507337435e-2,
-                               2.4022242085e-1, 6.9314697760e-1, 1.0};
-  constexpr double kDouble[] = {
-      1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09,
-      1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
-      0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007,
-      0.6931471805599453, 1.0};
+  constexpr double kFloat[] = {1.3264727140e-3, 9.6715126400e-3, 5.5507337435e-2, 2.4022242085e-1, 6.9314697760e-1, 1.0};
+  constexpr double kDouble[] = {1.3691488853904124e-12, 2.5678435993488196e-11,
+                                4.44553827187081e-10,   7.054911620801121e-09,
+                                1.0178086009239696e-07, 1.3215486790144305e-06,
+                                1.5252733804059838e-05, 0.00015403530393381606,
+                                0.0013333558146428441,  0.009618129107628477,
+                                0.055504108664821576,   0.2402265069591007,
+                                0.6931471805599453,     1.0};
   x = max(set1<A>(kSmallestExponent<A>), x);  // this order keeps NaN
   const Vec<A> rounded = x + set1<A>(kRoundMagic<A>);
   const Vec<A> fraction = x - (rounded - set1<A>(kRoundMagic<A>));
@@ -62,7 +63,8 @@ TGA_INLINE Vec<A> log2(Vec<A> x) {
   }
 }
 
-// 1 / x for x in [1, 2]. A 512-bit division takes 16 cycles and more; the estimate is good to 14 bits, a Newton step to all.
+// 1 / x for x in [1, 2]. A 512-bit division takes 16 cycles and more; the estimate is good to 14 bits, a Newton step to
+// all.
 template <class A>
 TGA_INLINE Vec<A> reciprocal(Vec<A> x) {
 #if defined(TGA_AVX512)

@@ -19,34 +19,32 @@ struct BackwardBlock {
   const A *q, *d_o;            // [dimension][kBlock]; q times scale * log2(e)
   const A *q_rows, *d_o_rows;  // [lane][stride], q times scale; see add_rows for the layout
   const A *shift, *minus_delta;
-  A* d_q;                // [head_dim][kBlock], null if not wanted
-  A* d_table;            // [k_len + 1][kBlock], null if not wanted
-  A *p, *d_s;            // [kTileKeys][kBlock]
+  A* d_q;      // [head_dim][kBlock], null if not wanted
+  A* d_table;  // [k_len + 1][kBlock], null if not wanted
+  A *p, *d_s;  // [kTileKeys][kBlock]
   int head_dim, value_dim, lanes;
   int64_t k_stride, v_stride;
 
   // d_k, d_v: accumulator rows of the listed keys, null if not wanted.
-  void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, const int32_t* d_table_row, int count, A* d_k,
-                A* d_v) const {
+  void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, const int32_t* d_table_row, int count,
+                A* d_k, A* d_v) const {
     for (int i = 0; i < count; i += kMicroKeys) {
       scores(k + i, logits, i);
       Vec<A> s[kMicroKeys][NQ];
-      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-        TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] = load(minus_delta + u * W);
-      add_dot<A, NQ>(s, v + i, d_o, value_dim);
-      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-        TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-          s[j][u] *= load(p + (i + j) * kBlock + u * W);
-          store(d_s + (i + j) * kBlock + u * W, s[j][u]);
-        }
-      if (d_table) {
-        TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-          TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-            A* t = d_table + static_cast<int64_t>(d_table_row[i + j]) * kBlock + u * W;
-            store(t, load(t) + s[j][u]);
-          }
+      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] =
+          load(minus_delta + u * W);
+      add_dot<A, A, NQ>(s, v + i, d_o, value_dim);
+      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
+        s[j][u] *= load(p + (i + j) * kBlock + u * W);
+        store(d_s + (i + j) * kBlock + u * W, s[j][u]);
       }
-      if (d_q) add_outer<A, NQ>(d_q, s, k + i, head_dim);
+      if (d_table) {
+        TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
+          A* t = d_table + static_cast<int64_t>(d_table_row[i + j]) * kBlock + u * W;
+          store(t, load(t) + s[j][u]);
+        }
+      }
+      if (d_q) add_outer<A, A, NQ>(d_q, s, k + i, head_dim);
     }
     if (d_v) rows(value_dim, d_v, p, d_o_rows, count, v_stride);
     if (d_k) rows(head_dim, d_k, d_s, q_rows, count, k_stride);
@@ -56,17 +54,16 @@ struct BackwardBlock {
   // p = 2^(s - shift)
   inline __attribute__((always_inline)) void scores(const A* const* k, const LogitTile<A>& logits, int i) const {
     Vec<A> s[kMicroKeys][NQ], m[NQ];
-    TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-      TGA_UNROLL for (int u = 0; u < NQ; ++u)
-        s[j][u] = load(logits.data + static_cast<int64_t>(logits.row[i + j]) * kBlock + u * W);
-    add_dot<A, NQ>(s, k, q, head_dim);
+    TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] =
+        load(logits.data + static_cast<int64_t>(logits.row[i + j]) * kBlock + u * W);
+    add_dot<A, A, NQ>(s, k, q, head_dim);
     TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W);
-    TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) store(p + (i + j) * kBlock + u * W, exp2<A>(s[j][u] - m[u]));
+    TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
+        store(p + (i + j) * kBlock + u * W, exp2<A>(s[j][u] - m[u]));
   }
   void rows(int dim, A* acc, const A* tile, const A* right, int count, int64_t stride) const {
     if constexpr (kInterleaves<A>)
-      if (interleaved<A>(dim)) return add_rows<A, 2>(acc, tile, kBlock, right, count, (lanes + 1) / 2 * 2, stride);
-    add_rows<A, 1>(acc, tile, kBlock, right, count, lanes, stride);
+      if (interleaved<A>(dim)) return add_rows<A, A, 2>(acc, tile, kBlock, right, count, (lanes + 1) / 2 * 2, stride);
+    add_rows<A, A, 1>(acc, tile, kBlock, right, count, lanes, stride);
   }
 };

@@ -1,82 +1,26 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Forward kernel. One unit of work is (outer batch index, key/value head, super-block of queries, range of rows): the logit
-// table of its queries is built once and used by every row. S^T, P^T and O^T have a lane per query, so that the softmax
-// needs no horizontal operation, keys and values are read as broadcasts from where they are, and no dimension is padded.
-// Reads q, k, v once per super-block and the gate once; writes out, lse, row_max, row_sum once.
-
-// Accumulators of one sub-block of queries.
-template <class A, int NQ>
-struct ForwardBlock {
-  static constexpr int W = kLanes<A>, kBlock = NQ * W;
-  // The running maximum is raised only when a logit exceeds it by this much (log2 units): p <= 2^10 is as precise and as
-  // far from overflow, and rescaling the accumulator becomes rare.
-  static constexpr int kHeadroom = 10;
-
-  const A* q;  // [head_dim][kBlock], times scale * log2(e)
-  A* o;        // [value_dim][kBlock]
-  A* sum;      // [kBlock]
-  A* shift;    // [kBlock], log2 units
-  int head_dim, value_dim;
-
-  __attribute__((noinline, cold)) void rescale(const Vec<A>* highest) const {
-    for (int u = 0; u < NQ; ++u) {
-      const Vec<A> before = load(shift + u * W), after = max(before, highest[u]);
-      const Vec<A> factor = exp2<A>(before - after);
-      store(shift + u * W, after);
-      store(sum + u * W, load(sum + u * W) * factor);
-      for (int d = 0; d < value_dim; ++d) store(o + d * kBlock + u * W, load(o + d * kBlock + u * W) * factor);
-    }
-  }
-
-  // Adds `count` keys, a multiple of kMicroKeys.
-  void add_keys(const A* const* k, const A* const* v, const A* table, const int32_t* table_row, int count) const {
-    Vec<A> l[NQ];
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) l[u] = load(sum + u * W);
-    for (int i = 0; i < count; i += kMicroKeys) {
-      Vec<A> s[kMicroKeys][NQ], m[NQ], highest[NQ];
-      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-        TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] = load(table + static_cast<int64_t>(table_row[i + j]) * kBlock + u * W);
-      add_dot<A, NQ>(s, k + i, q, head_dim);
-      bool raise = false;
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-        m[u] = load(shift + u * W);
-        highest[u] = max(s[0][u], m[u]);
-        TGA_UNROLL for (int j = 1; j < kMicroKeys; ++j) highest[u] = max(s[j][u], highest[u]);
-        raise |= any_greater(highest[u], m[u] + set1<A>(kHeadroom));
-      }
-      if (__builtin_expect(raise, 0)) {
-        TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, l[u]);
-        rescale(highest);
-        TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W), l[u] = load(sum + u * W);
-      }
-      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j)
-        TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-          s[j][u] = exp2<A>(s[j][u] - m[u]);
-          l[u] += s[j][u];
-        }
-      add_outer<A, NQ>(o, s, v + i, value_dim);
-    }
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, l[u]);
-  }
-};
+// The loops around ForwardBlock (or PairForwardBlock): preparing a row, and normalising, gating and storing its result.
 
 template <class T, class A, int NQ>
 class ForwardUnit {
  public:
   static constexpr int W = kLanes<A>, kBlock = NQ * W;
+  using O = Operand<T, A>;
 
   ForwardUnit(const Problem& p, int max_lanes, Carver& c)
       : p_(p),
         head_dim_(static_cast<int>(p.head_dim)),
         value_dim_(static_cast<int>(p.value_dim)),
         table_(p, kBlock, max_lanes, c),
-        keys_(p, c),
-        q_(c.take<A>(max_lanes * p.head_dim)),
+        keys_(p, false, c),
+        q_(c.take<O>(max_lanes * operands<T>(p.head_dim))),
         o_(c.take<A>(max_lanes * p.value_dim)),
         sum_(c.take<A>(max_lanes)),
         shift_(c.take<A>(max_lanes)),
-        mean_(c.take<A>(p.value_dim)) {}
+        mean_(c.take<A>(p.value_dim)) {
+    if constexpr (kPairs<T>) rows_ = c.take<T>(kBlock * pair_row_stride(p.head_dim));
+  }
 
   void run(const ForwardUnitOfWork& w) {
     head_ = w.kv_head * (p_.heads / p_.kv_heads);
@@ -98,12 +42,17 @@ class ForwardUnit {
     const uint8_t* mask = at<const uint8_t>(p_.mask, batch.mask, head_);
     keys_.list(p_, table_.key_mask ? mask : nullptr, at<const T>(p_.key, batch.key, w.kv_head),
                at<const T>(p_.value, batch.value, w.kv_head), table_.shared);
-    for (int u = 0; u < lanes_.padded; u += W) {
-      const int s = u / kBlock;
-      transpose_rows<T, A>(query, p_.query, lanes_.lane + u, head_dim_, static_cast<A>(p_.scale * kLog2E),
-                           q_ + s * kBlock * head_dim_ + u % kBlock, kBlock);
-      store(sum_ + u, Vec<A>{});
-      store(shift_ + u, set1<A>(kLowest<A>));
+    for (int first = 0; first < lanes_.padded; first += kBlock) {
+      O* q = q_ + first * operands<T>(head_dim_);
+      if constexpr (kPairs<T>) {
+        copy_rows(query, p_.query, lanes_.lane + first, kBlock, head_dim_, rows_);
+        transpose_pairs<NQ>(rows_, head_dim_, q);
+      } else {
+        for (int u = 0; u < kBlock; u += W)
+          transpose_rows<T, A>(query, p_.query, lanes_.lane + first + u, head_dim_, static_cast<A>(p_.scale * kLog2E),
+                               q + u, kBlock);
+      }
+      for (int u = first; u < first + kBlock; u += W) store(sum_ + u, Vec<A>{}), store(shift_ + u, set1<A>(kLowest<A>));
     }
     __builtin_memset(o_, 0, sizeof(A) * lanes_.padded * value_dim_);
 
@@ -118,15 +67,23 @@ class ForwardUnit {
       const int count = keys_.padded - first < kTileKeys ? keys_.padded - first : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
         prefetch.step();
-        const LogitTile<A> logits = table_.logits(s, keys_.table_row + first, keys_.key + first, mask, lanes_, count, keys_.count - first);
-        block(s).add_keys(keys_.k + first, keys_.v + first, logits.data, logits.row, count);
+        const LogitTile<A> logits =
+            table_.logits(s, keys_.table_row + first, keys_.key + first, mask, lanes_, count, keys_.count - first);
+        const ForwardBlock<A, NQ> block = this->block(s);
+        if constexpr (kPairs<T>)
+          PairForwardBlock<NQ>{q_ + s * kBlock * operands<T>(head_dim_), block, static_cast<A>(p_.scale * kLog2E)}.add_keys(
+              keys_.k + first, keys_.v_outer + first / 2, logits, count);
+        else
+          block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count);
       }
     }
     for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
   }
 
   ForwardBlock<A, NQ> block(int s) const {
-    return {q_ + s * kBlock * head_dim_, o_ + s * kBlock * value_dim_, sum_ + s * kBlock, shift_ + s * kBlock, head_dim_, value_dim_};
+    const A* q = nullptr;
+    if constexpr (!kPairs<T>) q = q_ + s * kBlock * head_dim_;
+    return {q, o_ + s * kBlock * value_dim_, sum_ + s * kBlock, shift_ + s * kBlock, head_dim_, value_dim_};
   }
 
   // Normalises, gates and stores the W lanes from lane u.
@@ -180,7 +137,9 @@ class ForwardUnit {
   Lanes lanes_;
   Table<A> table_;
   Keys<T, A> keys_;
-  A *q_, *o_;         // [sub-block][dimension][kBlock]
-  A *sum_, *shift_;   // [lane]
-  A* mean_;           // [value_dim]
+  O* q_;             // [sub-block][operands of head_dim][kBlock]
+  A* o_;             // [sub-block][value_dim][kBlock]
+  A *sum_, *shift_;  // [lane]
+  A* mean_;          // [value_dim]
+  T* rows_;          // [kBlock][pair_row_stride], for pairs only
 };
