@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The emulated CUDA kernels as the operator's CPU kernels, so that the tests of the operator run on them unchanged.
 
-What csrc/cuda/launcher.cpp does with tensors is repeated here in Python: copies of what has no contiguous rows, empty calls,
-and the sum over a broadcast gate.
+What csrc/cuda/launcher.cpp does with tensors is repeated here in Python: copies of what has no contiguous rows, empty
+calls, and the sum over a broadcast gate.
 """
 
 import contextlib

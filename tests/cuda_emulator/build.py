@@ -10,7 +10,7 @@ import tempfile
 
 HERE = pathlib.Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-static-libasan"]
+SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 def sources(root):
@@ -33,50 +33,38 @@ def traps_for_missing(objects, out):
     return target
 
 
-def build(root=CUDA, flags=("-O2",), only=None, jobs=None):
+def build(root=CUDA, flags=("-O2",), only=None, program=False):
     """Path of a shared library with the emulated kernels of `root`, compiled once per content.
 
-    `only` limits the instantiations to those whose names contain one of its strings.
+    `only` limits the instantiations to those whose names contain one of its strings. With `program`, of the program
+    that runs a few calls by itself, since sanitizers want a process of their own.
     """
     chosen = [s for s in sources(root) if only is None or s.suffix == ".cpp" or any(o in s.name for o in only)]
-    digest = hashlib.sha256(" ".join(map(str, [*flags, *chosen])).encode())
+    main = HERE / ("program.cpp" if program else "driver.cpp")
+    digest = hashlib.sha256(" ".join(map(str, [*flags, main, *chosen])).encode())
     for path in sorted([*root.rglob("*.*"), root.parent / "problem.h", *HERE.glob("*.*")]):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
             digest.update(path.read_bytes())
     out = pathlib.Path(tempfile.gettempdir()) / f"torch_gated_attn_emulator_{os.getuid()}" / digest.hexdigest()[:16]
-    library = out / "libemulated_kernels.so"
-    if library.exists():
-        return library
+    result = out / ("calls" if program else "libemulated_kernels.so")
+    if result.exists():
+        return result
     out.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source):
         target = out / (source.name + ".o")
-        command = [
-            "g++",
-            "-std=c++20",
-            *flags,
-            "-fPIC",
-            "-w",
-            f"-I{HERE}",
-            "-x",
-            "c++",
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
-        subprocess.run(command, check=True)
+        # Every library keeps its own emulator: no symbols that the loader makes unique in the process.
+        options = ["-std=c++20", *flags, "-fPIC", "-fno-gnu-unique", "-w", f"-I{HERE}", f"-I{root}"]
+        subprocess.run(["g++", *options, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
         return target
 
-    with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*chosen, HERE / "driver.cpp"]))
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compile_one, [*chosen, main]))
     if only is not None:
         objects.append(traps_for_missing(objects, out))
-    partial = out / f"partial_{os.getpid()}.so"
-    subprocess.run(["g++", "-shared", *flags, *map(str, objects), "-o", str(partial)], check=True)
-    partial.rename(library)
-    return library
-
-
-if __name__ == "__main__":
-    print(build(jobs=1))
+    partial = out / f"partial_{os.getpid()}"
+    shared = [] if program else ["-shared"]
+    subprocess.run(["g++", *shared, *flags, *map(str, objects), "-o", str(partial)], check=True)
+    partial.rename(result)
+    return result

@@ -1,37 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The C functions through which tests/test_cuda_emulator.py runs the CUDA kernels on the host.
-#include <cstring>
-#include <memory>
 #include <string>
-#include <vector>
 
-#include "../../csrc/cuda/device.cuh"
-#include "../../csrc/cuda/run.h"
+#include "device.cuh"
+#include "emulated_memory.h"
+#include "run.h"
 
 namespace {
 
 using namespace torch_gated_attn;
 
 std::string text;
-
-// Scratch ends at an odd place and begins with garbage, like recycled device memory.
-class Scratch {
- public:
-  void* allocate(size_t bytes) {
-    buffers_.push_back(std::make_unique<char[]>(bytes + 256));
-    char* start = buffers_.back().get();
-    std::memset(start, 0xff, bytes + 256);
-    start += 256 - reinterpret_cast<uintptr_t>(start) % 256;
-    emulator::global_memory.allow(start, bytes, true);
-    total += bytes;
-    return start;
-  }
-  size_t total = 0;
-
- private:
-  std::vector<std::unique_ptr<char[]>> buffers_;
-};
 
 template <class Run>
 const char* guarded(Run run) {
@@ -46,15 +26,6 @@ const char* guarded(Run run) {
   }
   emulator::global_memory.clear();
   return text.c_str();
-}
-
-cuda::Device emulated_device(int arch, Scratch& scratch) {
-  cuda::Device device;
-  device.arch = arch;
-  device.shared_bytes = arch == 80 ? 163 * 1024 : arch == 90 ? 227 * 1024 : 99 * 1024;
-  device.multiprocessors = 4;
-  device.allocate = [&scratch](size_t bytes) { return scratch.allocate(bytes); };
-  return device;
 }
 
 }  // namespace
@@ -72,16 +43,16 @@ void emulator_allow(const void* data, size_t bytes, int writable) {
 const char* emulator_forward(const Problem* problem, int arch, unsigned seed) {
   return guarded([&] {
     emulator::schedule_seed = seed;
-    Scratch scratch;
-    cuda::run_forward(*problem, cuda::choose_forward(*problem, arch), emulated_device(arch, scratch));
+    emulator::Scratch scratch;
+    cuda::run_forward(*problem, cuda::choose_forward(*problem, arch), emulator::emulated_device(arch, scratch));
   });
 }
 
 const char* emulator_backward(const Problem* problem, int arch, unsigned seed, int d_gate_is_float) {
   return guarded([&] {
     emulator::schedule_seed = seed;
-    Scratch scratch;
-    cuda::run_backward(*problem, cuda::choose_backward(*problem, arch), emulated_device(arch, scratch),
+    emulator::Scratch scratch;
+    cuda::run_backward(*problem, cuda::choose_backward(*problem, arch), emulator::emulated_device(arch, scratch),
                        d_gate_is_float != 0);
   });
 }

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Deliberate bugs that the emulator or the tolerance rule must catch: each replaces one piece of a kernel's text."""
+
+import dataclasses
+import shutil
+
+from . import build
+
+
+@dataclasses.dataclass
+class Bug:
+    name: str
+    file: str
+    right: str
+    wrong: str
+
+    def plant(self, folder):
+        """A copy of csrc with this bug in it; the path of its cuda folder."""
+        root = folder / "csrc"
+        shutil.copytree(build.CUDA, root / "cuda")
+        shutil.copy(build.CUDA.parent / "problem.h", root)
+        path = root / "cuda" / self.file
+        text = path.read_text()
+        assert self.right in text, f"{self.file} no longer contains what the bug {self.name!r} replaces"
+        path.write_text(text.replace(self.right, self.wrong, 1))
+        return root / "cuda"
+
+
+BUGS = [
+    Bug(
+        "missing barrier",
+        "forward.cuh",
+        "dev::wait_copies<T::kStages - 2>();\n        dev::sync_block();",
+        "dev::wait_copies<T::kStages - 2>();",
+    ),
+    Bug("wait off by one", "forward.cuh", "dev::wait_copies<T::kStages - 2>();", "dev::wait_copies<T::kStages - 1>();"),
+    Bug("wrong swizzle", "fragments.cuh", "((chunk ^ ((row >> 2) & 1)) << 4)", "(chunk << 4)"),
+    Bug(
+        "dropped tail", "tile_plan.cuh", "const int tiles = (keys + kBlock - 1) / kBlock", "const int tiles = keys / kBlock"
+    ),
+    Bug("accumulator not rescaled", "softmax.cuh", "acc[m][n][2] *= second;", ""),
+    Bug("sum not rescaled", "softmax.cuh", "sum[m][2] *= second;", ""),
+    Bug("mask ignored", "forward.cuh", "if (!(bits >> (e % 2) & 1)) {", "if (false) {"),
+    Bug("teams not rotated", "backward_query.cuh", "team * (full > 0 ? full : steps) / T::kTeams", "0"),
+    Bug(
+        "strip read before the last step",
+        "backward_query.cuh",
+        "  if constexpr (T::kStrip) {\n    dev::sync_block();",
+        "  if constexpr (T::kStrip) {",
+    ),
+    Bug("delta without the sum over lanes", "prepare.cuh", "delta += dev::shuffle_xor(delta, lanes);", ""),
+    Bug(
+        "shift of the wrong query",
+        "backward_key.cuh",
+        "(i % 2 == 0 ? shift.x : shift.y)",
+        "(i / 2 == 0 ? shift.x : shift.y)",
+    ),
+    Bug(
+        "read past the end",
+        "fragments.cuh",
+        "fragment[step][half * 2 + i] = row < rows ?",
+        "fragment[step][half * 2 + i] = row <= rows ?",
+    ),
+]
