@@ -74,8 +74,8 @@ def test_heads_and_batch_dimensions(device, dtype):
     judge.verdict()
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_float32_bias_with_16_bit_inputs(device, dtype):
+@pytest.mark.parametrize("dtype", [*HALF, torch.float64])
+def test_float32_bias_with_other_inputs(device, dtype):
     judge = Judge()
     for bias in ("full", (2, 1, 24, 40), (24, 40), (1, 1, 1, 40), (24, 1)):
         for seed in range(4):

@@ -83,7 +83,7 @@ class Judge:
             return
         out_error, ref_error = (out - true)[~infinite], (ref - true)[~infinite]
 
-        unit = self._unit(name, dtype, gold)
+        unit = self._unit(name, dtype, expected, gold)
         factor = 3 if name.startswith("d_") else 2
         half = expected in HALF
         max_bound = factor * largest(ref_error) + unit
@@ -99,12 +99,13 @@ class Judge:
         if half and not luck and rms(ref_error) > 0:
             self.ratios.append(rms(out_error) / rms(ref_error))
 
-    def _unit(self, name: str, dtype: torch.dtype, gold: dict[str, Tensor]) -> float:
+    def _unit(self, name: str, dtype: torch.dtype, result: torch.dtype, gold: dict[str, Tensor]) -> float:
         terms, logits = largest(gold[f"terms_{name}"]), largest(gold["terms_logits"])
         fine = torch.finfo(accumulation(dtype)).eps
         if name == "lse":
             return fine * (1 + terms + logits)
-        return terms * (torch.finfo(dtype).eps + fine * logits)
+        coarse = max(torch.finfo(dtype).eps, torch.finfo(result).eps)  # a float32 bias may stand beside other inputs
+        return terms * (coarse + fine * logits)
 
     def verdict(self) -> None:
         assert self.compared > 0, "nothing was compared"

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What importing the package does, and what it says when that fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import torch_gated_attn
+from torch_gated_attn import _C, _load
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_public_names():
+    assert sorted(torch_gated_attn.__all__) == [
+        "GatedAttention",
+        "__version__",
+        "gated_attention",
+        "gated_attention_with_lse",
+        "reference",
+    ]
+    for name in torch_gated_attn.__all__:
+        assert hasattr(torch_gated_attn, name), name
+
+
+def test_operators_that_are_already_registered_are_used():
+    """A second copy of the library would end the process."""
+    program = f"""
+import torch
+torch.ops.load_library({_C.__file__!r})
+import torch_gated_attn
+torch_gated_attn._load.load()
+x = torch.ones(1, 2, 3)
+print(torch_gated_attn.gated_attention(x, x, x).shape)
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([1, 2, 3])"
+
+
+def test_import_is_quiet_and_needs_no_numpy():
+    program = """
+import sys
+sys.modules["numpy"] = None
+import warnings
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import torch
+import torch_gated_attn
+x = torch.ones(2, 8)
+torch_gated_attn.GatedAttention(8, 2)(x)
+"""
+    done = run(program)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "torch_gated_attn" not in done.stderr
+
+
+def test_library_of_another_torch():
+    message = _load._explain(ImportError("undefined symbol: _ZN3c10"))
+    assert message == (
+        f"torch_gated_attn was built with torch {_C.torch_version} and cannot be loaded into torch {torch.__version__} "
+        "(undefined symbol: _ZN3c10); rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in its "
+        "source directory"
+    )
+
+
+def test_library_that_is_missing(monkeypatch):
+    monkeypatch.setattr(_load.torch, "ops", type("Ops", (), {"torch_gated_attn": object()}))
+    monkeypatch.setitem(sys.modules, "torch_gated_attn._C", None)
+    monkeypatch.delattr(torch_gated_attn, "_C")
+    with pytest.raises(ImportError, match=r"^torch_gated_attn was not built: its extension module _C is missing; rebuild "):
+        _load.load()
