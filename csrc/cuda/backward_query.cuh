@@ -233,7 +233,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
           TGA_UNROLL
           for (int e = 0; e < 2; ++e) {
             const int first = j * 16 + e * 8;  // of the 8 keys at hand, within the tile
-            float bias[T::kRowTiles][4], d_bias[T::kRowTiles][4];
+            [[maybe_unused]] float bias[T::kRowTiles][4], d_bias[T::kRowTiles][4];
             if constexpr (T::kBias == BiasAccess::kHalf) {
               bias_source.operand(bias, bias_words, e);
             } else if constexpr (T::kBias == BiasAccess::kFloat) {
