@@ -112,7 +112,14 @@ def extension() -> tuple[Extension, type[build_ext]]:
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=LINK,
     )
-    return built, cpp_extension.BuildExtension
+    kept = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}-{'cuda' if with_cuda else 'cpu'}"
+
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = kept  # an editable install would compile everything anew in a temporary folder
+
+    return built, Build
 
 
 def without_torch(error: ImportError) -> tuple[Extension, type[build_ext]]:
