@@ -28,7 +28,7 @@ OUTPUT = Path(__file__).resolve().parent / "output" / "evoformer.png"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each run (default 60)")
+    parser.add_argument("--steps", type=int, default=50, help="training steps of each run (default 50)")
     parser.add_argument("--columns", type=int, default=192, help="residues per crop (default 192)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the plot (default examples/output/evoformer.png)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 4 steps of 24 columns")

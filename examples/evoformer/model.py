@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .data import GAP, NUM_TOKENS, Example
 
-MSA_DIM, MSA_HEADS = 64, 8  # head_dim 8, as in AlphaFold's extra MSA stack
-PAIR_DIM, PAIR_HEADS = 64, 4  # head_dim 16, as in AlphaFold's template pair stack
+MSA_DIM, MSA_HEADS = 64, 8
+PAIR_DIM, PAIR_HEADS = 32, 4  # head_dim 8 in both, as in AlphaFold's extra MSA stack
 OUTER_DIM = 8
 MAX_OFFSET = 32  # relative positions beyond this share one embedding, as in AlphaFold
 
@@ -19,25 +19,58 @@ AttentionFactory = Callable[[int, int], nn.Module]  # (q_dim, num_heads) -> modu
 
 
 def transition(dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+    # GELU where AlphaFold has ReLU: at a kink two roundings of one value can take different branches, and then the
+    # gradients of two correct implementations are not comparable.
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
 
-class BiasedAttention(nn.Module):
-    """Attention along the last-but-one dimension of x, with a bias per head projected from the pair representation."""
+def pair_bias(project: nn.Linear, pair: Tensor) -> Tensor:
+    return project(pair).permute(2, 0, 1)  # [L, L, C] -> [H, L, L], shared by all rows
 
-    def __init__(self, attention: AttentionFactory, dim: int, num_heads: int, pair_dim: int | None = None) -> None:
+
+class RowAttention(nn.Module):
+    """Within each sequence, biased by the pair representation (algorithm 7)."""
+
+    def __init__(self, attention: AttentionFactory) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(MSA_DIM)
         # Without a bias parameter: it would add one constant to every logit, which softmax ignores.
-        self.pair_norm = nn.LayerNorm(pair_dim, bias=False) if pair_dim else None
-        self.pair_bias = nn.Linear(pair_dim, num_heads, bias=False) if pair_dim else None
-        self.attention = attention(dim, num_heads)
+        self.pair_norm = nn.LayerNorm(PAIR_DIM, bias=False)
+        self.pair_bias = nn.Linear(PAIR_DIM, MSA_HEADS, bias=False)
+        self.attention = attention(MSA_DIM, MSA_HEADS)
 
-    def forward(self, x: Tensor, mask: Tensor, pair: Tensor | None = None) -> Tensor:
-        bias = None
-        if self.pair_norm is not None and self.pair_bias is not None and pair is not None:
-            bias = self.pair_bias(self.pair_norm(pair)).permute(2, 0, 1)  # [H, L, L], shared by all rows of x
-        return self.attention(self.norm(x), None, mask[:, None, None, :], bias)
+    def forward(self, msa: Tensor, live: Tensor, pair: Tensor) -> Tensor:
+        bias = pair_bias(self.pair_bias, self.pair_norm(pair))
+        return self.attention(self.norm(msa), None, live[:, None, None, :], bias)
+
+
+class ColumnAttention(nn.Module):
+    """Within each column, over the sequences (algorithm 8)."""
+
+    def __init__(self, attention: AttentionFactory) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(MSA_DIM)
+        self.attention = attention(MSA_DIM, MSA_HEADS)
+
+    def forward(self, msa: Tensor, live: Tensor) -> Tensor:
+        columns = self.norm(msa.transpose(0, 1))
+        return self.attention(columns, None, live.T[:, None, None, :]).transpose(0, 1)
+
+
+class TriangleAttention(nn.Module):
+    """Over the pairs that share a residue, biased by the third side of the triangle (algorithms 13 and 14)."""
+
+    def __init__(self, attention: AttentionFactory, starting: bool) -> None:
+        super().__init__()
+        self.starting = starting
+        self.norm = nn.LayerNorm(PAIR_DIM)
+        self.pair_bias = nn.Linear(PAIR_DIM, PAIR_HEADS, bias=False)
+        self.attention = attention(PAIR_DIM, PAIR_HEADS)
+
+    def forward(self, pair: Tensor, live: Tensor) -> Tensor:
+        pair = self.norm(pair if self.starting else pair.transpose(0, 1))
+        out = self.attention(pair, None, live[:, None, None, :], pair_bias(self.pair_bias, pair))
+        return out if self.starting else out.transpose(0, 1)
 
 
 class OuterProductMean(nn.Module):
@@ -60,23 +93,22 @@ class EvoformerBlock(nn.Module):
     def __init__(self, attention: AttentionFactory) -> None:
         super().__init__()
         self.outer_product_mean = OuterProductMean()
-        self.triangle_start = BiasedAttention(attention, PAIR_DIM, PAIR_HEADS, PAIR_DIM)
-        self.triangle_end = BiasedAttention(attention, PAIR_DIM, PAIR_HEADS, PAIR_DIM)
+        self.triangle_start = TriangleAttention(attention, starting=True)
+        self.triangle_end = TriangleAttention(attention, starting=False)
         self.pair_transition = transition(PAIR_DIM)
-        self.row = BiasedAttention(attention, MSA_DIM, MSA_HEADS, PAIR_DIM)
-        self.column = BiasedAttention(attention, MSA_DIM, MSA_HEADS)
+        self.row = RowAttention(attention)
+        self.column = ColumnAttention(attention)
         self.msa_transition = transition(MSA_DIM)
 
     def forward(self, msa: Tensor, pair: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         # The pair track comes first, so that the last block's is not wasted: the prediction is read from the MSA.
         pair_live = live[0, :, None] & live[0, None, :]  # [L, L]
         pair = pair + self.outer_product_mean(msa, live)
-        pair = pair + self.triangle_start(pair, pair_live, pair)
-        flipped = pair.transpose(0, 1)
-        pair = pair + self.triangle_end(flipped, pair_live, flipped).transpose(0, 1)
+        pair = pair + self.triangle_start(pair, pair_live)
+        pair = pair + self.triangle_end(pair, pair_live)
         pair = pair + self.pair_transition(pair)
         msa = msa + self.row(msa, live, pair)
-        msa = msa + self.column(msa.transpose(0, 1), live.T).transpose(0, 1)
+        msa = msa + self.column(msa, live)
         return msa + self.msa_transition(msa), pair
 
 

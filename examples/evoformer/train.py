@@ -15,7 +15,7 @@ from torch import Tensor
 from .data import IGNORE, Example, held_out_examples, training_example
 from .model import AttentionFactory, Evoformer
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 5e-3
 WARM_UP = 10  # steps
 
 
