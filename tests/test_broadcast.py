@@ -90,7 +90,7 @@ def test_gate_that_is_a_strided_half_of_a_projection(device):
 
 
 def test_broadcast_equals_expanded(device):
-    """A bias that is broadcast and the same bias written out give the same result, bit for bit on a CPU."""
+    """A bias or mask that is broadcast gives what it gives written out, up to the order of the sums."""
     for i, subset in enumerate(SUBSETS):
         broadcast = make(i, device=device, bias=shape_without(subset), mask=shape_without(subset[:3]))
         expanded = broadcast.replace(
@@ -98,10 +98,10 @@ def test_broadcast_equals_expanded(device):
             mask=broadcast.mask.expand(OUTER, INNER, HEADS, Q, K).contiguous(),
         )
         a, b = evaluate(gated_attention_with_lse, broadcast), evaluate(gated_attention_with_lse, expanded)
-        summed = b["d_bias"].double().sum_to_size(broadcast.bias.shape)
-        torch.testing.assert_close(a["d_bias"].double(), summed, rtol=1e-5, atol=2e-5, msg=label("d_bias", subset))
-        for name in ("out", "lse", "d_query", "d_key", "d_value", "d_gate"):
-            assert torch.allclose(a[name], b[name], rtol=0, atol=0 if device == "cpu" else 1e-5), (name, subset)
+        b["d_bias"] = b["d_bias"].double().sum_to_size(broadcast.bias.shape).float()
+        for name, result in a.items():
+            message = f"{label('bias', subset)}: {name}"
+            torch.testing.assert_close(result, b[name], rtol=1e-5, atol=2e-5, msg=message)
 
 
 def test_expanded_bias_gets_a_full_gradient(device):
