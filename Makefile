@@ -26,6 +26,9 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 # The build looks for ninja, and a test for cmake, on the PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
 
+# What runs here needs the CUDA kernels, minutes of compilation, only where there is a device.
+export TORCH_GATED_ATTN_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
+
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
 

@@ -2,7 +2,8 @@
 """Builds the extension module torch_gated_attn._C: the operator library and a few facts about its build.
 
 Environment: TORCH_GATED_ATTN_CUDA=0/1 forces the CUDA kernels off or on, TORCH_CUDA_ARCH_LIST picks their
-architectures, CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time.
+architectures (default: those of the devices of this machine, or 8.0 and all newer), CUDA_HOME the toolkit, MAX_JOBS the
+number of compilers at a time.
 """
 
 from __future__ import annotations
@@ -80,12 +81,6 @@ def choose_cuda(torch_cuda: str | None, toolkit: tuple[str, str] | None) -> tupl
     return False, missing
 
 
-def default_architectures(toolkit_version: str) -> str:
-    """One binary per generation runs on all its members; PTX of the last serves what comes later."""
-    newest = tuple(map(int, toolkit_version.split("."))) >= (12, 8)
-    return "8.0;9.0;10.0;12.0+PTX" if newest else "8.0;9.0+PTX"
-
-
 def extension() -> tuple[Extension, type[build_ext]]:
     import torch
 
@@ -97,7 +92,9 @@ def extension() -> tuple[Extension, type[build_ext]]:
     if with_cuda:
         assert toolkit is not None
         os.environ["CUDA_HOME"] = toolkit[0]  # read by torch when cpp_extension is imported
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(toolkit[1]))
+        # Otherwise torch takes the architectures of the devices here; 8.0 is the first with the instructions we use.
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # newer devices compile the PTX at first use
         cxx.append(f'-DTORCH_GATED_ATTN_WITH_CUDA="{toolkit[1]}"')
 
     from torch.utils import cpp_extension
