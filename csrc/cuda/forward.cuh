@@ -88,7 +88,8 @@ TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, co
                              : static_cast<const uint16_t*>(p.gate.data) + p.gate.offset(place.slab, batch_row, place.head);
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
-    const bool empty[2] = {state.sum[m][0] == 0.0f, state.sum[m][2] == 0.0f};
+    const float sums[2] = {state.total(m, 0), state.total(m, 1)};
+    const bool empty[2] = {sums[0] == 0.0f, sums[1] == 0.0f};
     float mean[T::kCols][2];
     const bool use_mean = p.mean_rows && dev::any(empty[0] || empty[1]);
     if (use_mean) {
@@ -103,7 +104,7 @@ TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, co
       if (query >= p.q_len) {
         continue;
       }
-      const float sum = state.sum[m][2 * i], inverse = empty[i] ? 0.0f : dev::reciprocal(sum);
+      const float sum = sums[i], inverse = empty[i] ? 0.0f : dev::reciprocal(sum);
       if (lane.pair == 0) {
         const float shift = state.shift(m, i, factor);
         const auto store = [&](const Operand& to, float value) {

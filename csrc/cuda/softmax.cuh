@@ -15,8 +15,8 @@ constexpr float kShiftSlack = 8.0f;
 template <class T>
 struct RowState {
   float acc[T::kRowTiles][T::kCols][4];
-  // Sums of the rounded probabilities, as a product with ones gives them: columns 0 and 2 are read.
-  float sum[T::kRowTiles][4];
+  // Sums over this thread's columns; total() adds up the four threads of a row.
+  float sum[T::kRowTiles][2];
   float max[T::kRowTiles][2];
 
   TGA_DEVICE void clear() {
@@ -24,12 +24,12 @@ struct RowState {
     for (int m = 0; m < T::kRowTiles; ++m) {
       TGA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sum[m][i] = 0.0f;
         TGA_UNROLL
         for (int n = 0; n < T::kCols; ++n) {
           acc[m][n][i] = 0.0f;
         }
       }
+      sum[m][0] = sum[m][1] = 0.0f;
       max[m][0] = max[m][1] = -INFINITY;
     }
   }
@@ -42,8 +42,8 @@ struct RowState {
       acc[m][n][2] *= second;
       acc[m][n][3] *= second;
     }
-    sum[m][0] *= first;  // the other columns of the sum are not read
-    sum[m][2] *= second;
+    sum[m][0] *= first;
+    sum[m][1] *= second;
   }
 
   // Turns the scores of row tile m into probabilities, packed as the A operands of the product with the values.
@@ -80,6 +80,9 @@ struct RowState {
       for (int i = 0; i < 4; ++i) {
         e[i] = dev::exp2(fmaf(score[n][i], factor, -shift[i / 2]));
       }
+      // Unrounded: lse is as accurate as float32 makes it.
+      sum[m][0] += e[0] + e[1];
+      sum[m][1] += e[2] + e[3];
       p[n / 2][m][n % 2 * 2] = dev::pack<T::kType>(e[0], e[1]);
       p[n / 2][m][n % 2 * 2 + 1] = dev::pack<T::kType>(e[2], e[3]);
     }
@@ -88,15 +91,16 @@ struct RowState {
   // 0 as long as nothing was attended: -inf as a shift would turn the excluded keys' -inf into NaN.
   TGA_DEVICE float shift(int m, int i, float factor) const { return max[m][i] == -INFINITY ? 0.0f : max[m][i] * factor; }
 
-  // acc += p * values, sum += p * ones.
+  // What row i of row tile m sums to; called by whole warps.
+  TGA_DEVICE float total(int m, int i) const {
+    const float pair = sum[m][i] + dev::shuffle_xor(sum[m][i], 1);
+    return pair + dev::shuffle_xor(pair, 2);
+  }
+
+  // acc += p * values.
   TGA_DEVICE void accumulate(const uint32_t (&p)[T::kSubtiles / 2][T::kRowTiles][4], uint32_t values) {
-    const uint32_t ones = dev::pack<T::kType>(1.0f, 1.0f);
     TGA_UNROLL
     for (int j = 0; j < T::kSubtiles / 2; ++j) {
-      TGA_UNROLL
-      for (int m = 0; m < T::kRowTiles; ++m) {
-        dev::mma<T::kType>(sum[m], p[j][m], ones, ones, sum[m]);
-      }
       accumulate_rows<T::kType, T::kCols, T::kRowBytes>(acc, p[j], values, j * 16);
     }
   }

@@ -39,7 +39,7 @@ BUGS = [
         "dropped tail", "tile_plan.cuh", "const int tiles = (keys + kBlock - 1) / kBlock", "const int tiles = keys / kBlock"
     ),
     Bug("accumulator not rescaled", "softmax.cuh", "acc[m][n][2] *= second;", ""),
-    Bug("sum not rescaled", "softmax.cuh", "sum[m][2] *= second;", ""),
+    Bug("sum not rescaled", "softmax.cuh", "sum[m][1] *= second;", ""),
     Bug("mask ignored", "forward.cuh", "if (!(bits >> (e % 2) & 1)) {", "if (false) {"),
     Bug("teams not rotated", "backward_query.cuh", "team * (full > 0 ? full : steps) / T::kTeams", "0"),
     Bug(
