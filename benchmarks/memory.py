@@ -51,7 +51,7 @@ def main(path: str, name: str, dtype: str, threads: str, file: str) -> None:
     run = paths(with_compile=path == "compile")[path]
     inputs = make_inputs(workload, DTYPES[dtype])
     # Threads, libraries and code pages first. Compiled code is made for one shape, so there the warm-up is the real step.
-    forward_backward(run, inputs if path == "compile" else make_inputs(workload.one_row(), DTYPES[dtype]))
+    forward_backward(run, inputs if path == "compile" else make_inputs(workload.cut(1), DTYPES[dtype]))
     _RESET_PEAK.write_text("5")
     before = peak_resident_mib()
     forward_backward(run, inputs)

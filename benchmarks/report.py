@@ -82,6 +82,17 @@ def print_comparison(comparison: Comparison) -> None:
             print(f"     {name}: {timing.error}")
 
 
+def print_differences(errors: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """`errors` is {"T1 float32": {"operator": {"out": difference, "query": ...}}}."""
+    for dtype in dict.fromkeys(case.split()[1] for case in errors):
+        worst: dict[str, float] = {}
+        for case, by_path in errors.items():
+            if case.split()[1] == dtype:
+                worst |= {name: max(worst.get(name, 0.0), *found.values()) for name, found in by_path.items()}
+        cells = ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items())
+        print(f"\nlargest difference from float64 relative to the largest element, out and gradients, {dtype}: {cells}")
+
+
 def print_shares(shares: list[Share]) -> None:
     print("\nshare of one core's peak, one thread, attended keys only, Q = K = 256")
     for s in shares:

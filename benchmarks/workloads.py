@@ -42,12 +42,19 @@ class Workload:
         pairs = mask.expand(*self.batch, self.heads, self.q_len, self.k_len).sum(dtype=torch.int64)
         return int(pairs)
 
-    def one_row(self) -> Workload:
-        """The same with one batch entry, which attends to some keys."""
-        ones = [1] * len(self.batch)
-        bias_shape = ones + self.bias_shape[-3:] if self.bias_shape else None
-        mask_shape = [*ones, 1, 1, self.k_len]
-        return dataclasses.replace(self, batch=ones, bias_shape=bias_shape, mask_shape=mask_shape, fully_masked=False)
+    def cut(self, limit: int) -> Workload:
+        """The same with at most `limit` entries in every batch dimension."""
+
+        def cut_batch(shape: list[int]) -> list[int]:
+            return [min(size, limit) for size in shape[:-3]] + shape[-3:]
+
+        return dataclasses.replace(
+            self,
+            batch=[min(size, limit) for size in self.batch],
+            bias_shape=cut_batch(self.bias_shape) if self.bias_shape else None,
+            mask_shape=cut_batch(self.mask_shape),
+            fully_masked=self.fully_masked and limit > 1,  # a lone row should attend to something
+        )
 
     def describe(self) -> str:
         kv = f" (kv {self.kv_heads})" if self.kv_heads != self.heads else ""

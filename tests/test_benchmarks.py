@@ -95,7 +95,7 @@ def results(tmp_path_factory):
     (folder / "tiny.json").write_text(json.dumps(TINY))
     files = ["--json", str(folder / "results.json"), "--png", str(folder / "results.png")]
     done = run(
-        "--workload-file", str(folder / "tiny.json"), "--repeat", "2", "--no-compile", "--memory", "--threads", "2", *files
+        "--workload-file", str(folder / "tiny.json"), "--repeat", "2", "--no-compile", "--memory", "--threads", "1", *files
     )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text()), folder, done.stdout
@@ -113,9 +113,10 @@ def test_every_workload_dtype_and_direction_is_timed(results):
 
 
 def test_the_paths_compute_the_same(results):
-    for case, differences in results[0]["largest_relative_difference_from_float64"].items():
+    for case, by_path in results[0]["largest_relative_difference_from_float64"].items():
         limit = 0.05 if "bfloat16" in case else 1e-4
-        assert max(differences.values()) < limit, (case, differences)
+        for path, differences in by_path.items():
+            assert max(differences.values()) < limit, (case, path, differences)
 
 
 def test_memory_is_measured_per_path(results):
@@ -126,7 +127,7 @@ def test_memory_is_measured_per_path(results):
 
 def test_where_and_how_is_recorded(results):
     machine = results[0]["machine"]
-    assert machine["threads"] == 2
+    assert machine["threads"] == 1
     assert "run.py" in machine["command"]
     assert {"cpu", "cpu_flags", "date", "instruction_set", "versions", "commit"} <= set(machine)
 
@@ -162,7 +163,7 @@ def test_every_listed_workload_has_consistent_shapes(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     workloads = pytest.importorskip("workloads")
     for workload in workloads.load():
-        row = workload.one_row()
+        row = workload.cut(1)
         inputs = workloads.make_inputs(row, workloads.DTYPES["float32"])
         scores = [*row.batch, row.heads, row.q_len, row.k_len]
         assert inputs.mask.expand(scores).any(), workload.name
