@@ -45,7 +45,9 @@ def main() -> int:
     start = time.perf_counter()
     sequences, held_out = load_family()
     runs = build_runs(IMPLEMENTATIONS)
-    setting = f"{len(sequences)} rows, {arguments.columns} columns, {torch.get_num_threads()} threads, float32"
+    threads = torch.get_num_threads()
+    cores = "1 thread" if threads == 1 else f"{threads} threads"
+    setting = f"{len(sequences)} rows, {arguments.columns} columns, {cores}, float32"
     print(
         f"Evoformer on Pfam PF00069: {len(sequences)} training and {len(held_out)} held-out sequences; {setting}",
         flush=True,

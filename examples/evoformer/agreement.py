@@ -72,9 +72,13 @@ def check_first_step(plain: Evoformer, fused: Evoformer, example: Example) -> li
     ]
 
 
-def check_losses(runs: Sequence[Run]) -> Check:
+def largest_loss_difference(runs: Sequence[Run]) -> float:
     plain, fused = (torch.tensor(run.losses, dtype=torch.float64) for run in runs)
-    worst = float(((fused - plain) / plain).abs().max())
+    return float(((fused - plain) / plain).abs().max())
+
+
+def check_losses(runs: Sequence[Run]) -> Check:
+    worst = largest_loss_difference(runs)
     return Check(
         "every step, loss, relative difference",
         f"{worst:.1e}",
