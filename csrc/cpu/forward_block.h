@@ -9,8 +9,9 @@
 template <class A, int NQ>
 struct ForwardBlock {
   static constexpr int W = kLanes<A>, kBlock = NQ * W;
-  // The running maximum is raised only when a logit exceeds it by this much (log2 units): p <= 2^10 is as precise and as
-  // far from overflow, and rescaling the accumulator becomes rare.
+  // A shift stands this far (log2 units) above the logit that raised it, and is raised again only by one above the shift:
+  // rescaling the accumulator becomes rare, and p <= 1, so sums of large values do not overflow. Each lane decides by
+  // itself: a row's bits do not depend on its neighbours.
   static constexpr int kHeadroom = 10;
 
   const A* q;  // [head_dim][kBlock], times scale * log2(e)
@@ -21,7 +22,8 @@ struct ForwardBlock {
 
   __attribute__((noinline, cold)) void rescale(const Vec<A>* highest) const {
     for (int u = 0; u < NQ; ++u) {
-      const Vec<A> before = load(shift + u * W), after = max(before, highest[u]);
+      const Vec<A> before = load(shift + u * W);
+      const Vec<A> after = highest[u] > before ? highest[u] + set1<A>(kHeadroom) : before;
       const Vec<A> factor = exp2<A>(before - after);
       store(shift + u * W, after);
       store(sum + u * W, load(sum + u * W) * factor);
@@ -32,7 +34,7 @@ struct ForwardBlock {
   // Called before the keys whose highest logits these are enter the sums.
   inline __attribute__((always_inline)) void raise_shift(const Vec<A> (&highest)[NQ]) const {
     bool raise = false;
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) raise |= any_greater(highest[u], load(shift + u * W) + set1<A>(kHeadroom));
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) raise |= any_greater(highest[u], load(shift + u * W));
     if (__builtin_expect(raise, 0)) rescale(highest);
   }
 
