@@ -24,7 +24,7 @@ struct View {
 // loads it once for all of them and sums its gradient over them.
 struct Problem {
   DType dtype = DType::kFloat32;
-  DType bias_dtype = DType::kFloat32;  // dtype, or float32 where that has 16 bits
+  DType bias_dtype = DType::kFloat32;           // dtype, or float32 where that has 16 bits
   int64_t batch[kMaxBatchDims] = {1, 1, 1, 1};  // sizes of the merged batch dimensions, product = outer * rows
   int64_t outer = 1, rows = 1;
   int64_t heads = 0, kv_heads = 0, q_len = 0, k_len = 0, head_dim = 0, value_dim = 0;
