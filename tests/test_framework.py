@@ -251,6 +251,7 @@ def test_batched_gradients(device):
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jacrev", "jacfwd", "hessian", "jvp", "vjp"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_transforms_of_torch_func(device, transform):
     inputs = draw(seed=6, dtype=torch.float64, device=device, batch=(2,), heads=2, kv_heads=1, q=3, k=4, d=3, mask="full")
     args = inputs.tensors[:5]
