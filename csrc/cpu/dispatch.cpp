@@ -34,8 +34,8 @@ const CpuKernels& choose() {
       supported = __builtin_cpu_supports("avx512bf16") ? 4 : 3;
   }
 #endif
-  // Intel's cores run one vdpbf16ps in the time of two float products and more (measured: half the float rate), AMD's twice
-  // the float rate; so on Intel bfloat16 is multiplied as float.
+  // An Intel server core multiplies pairs at half the rate of floats, so there bfloat16 is multiplied as float; the figures
+  // are in docs/decisions/cpu-bfloat16-pairs.md.
   int wanted = multiplies_pairs_fast() ? 3 : 2;
   if (const char* name = std::getenv(kVariable)) {
     wanted = 0;

@@ -87,6 +87,20 @@ static inline void fill_scores(QueryScores<T, A>& scores, const Problem& p, cons
   scores.fill(query, at<const T>(p.key, batch.key, kv_head), mask, bias_offset);
 }
 
+// f(batch) for every row of a unit, whose successor is being fetched meanwhile.
+template <class T, class F>
+static inline void for_rows(const Problem& p, int64_t outer, int64_t begin, int64_t end, const F& f) {
+  Offsets next(p, outer * p.rows + begin);
+  for (int64_t r = begin; r < end; ++r) {
+    const Offsets batch = next;
+    if (r + 1 < end) {
+      next = Offsets(p, outer * p.rows + r + 1);
+      prefetch_keys<T>(p, next);
+    }
+    f(batch);
+  }
+}
+
 template <class T, class A>
 class FewQueriesForward {
  public:
@@ -96,16 +110,10 @@ class FewQueriesForward {
     Lanes lanes;
     lanes.fill(w.first_query, w.end_query, p_.q_len, 1);
     const int64_t group = p_.heads / p_.kv_heads;
-    Offsets next(p_, w.outer * p_.rows + w.row_begin);
-    for (int64_t r = w.row_begin; r < w.row_end; ++r) {
-      const Offsets batch = next;
-      if (r + 1 < w.row_end) {
-        next = Offsets(p_, w.outer * p_.rows + r + 1);
-        prefetch_keys<T>(p_, next);
-      }
+    for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch) {
       for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head)
         for (int i = 0; i < lanes.count; ++i) run_query(batch, kv_head, kv_head * group, lanes.lane[i]);
-    }
+    });
   }
 
  private:
@@ -153,19 +161,13 @@ class FewQueriesBackward {
     Lanes lanes;
     lanes.fill(0, p_.heads / p_.kv_heads * p_.q_len, p_.q_len, 1);
     const int64_t group = p_.heads / p_.kv_heads;
-    Offsets next(p_, w.outer * p_.rows + w.row_begin);
-    for (int64_t r = w.row_begin; r < w.row_end; ++r) {
-      const Offsets batch = next;
-      if (r + 1 < w.row_end) {
-        next = Offsets(p_, w.outer * p_.rows + r + 1);
-        prefetch_keys<T>(p_, next);
-      }
+    for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch) {
       for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
         rows_.clear(p_);
         for (int i = 0; i < lanes.count; ++i) run_query(batch, kv_head, kv_head * group, lanes.lane[i]);
         rows_.write(p_, batch, kv_head);
       }
-    }
+    });
   }
 
  private:

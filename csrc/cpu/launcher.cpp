@@ -24,8 +24,8 @@ namespace {
 
 at::Tensor tensor_of(const OptionalTensor& t) { return given(t) ? *t : at::Tensor(); }
 
-// Fresh memory is touched for the first time by the kernels: on 4 KiB pages the faults of a training step take up to a
-// quarter of its time. Large results therefore ask for huge pages, as NumPy does for its arrays.
+// Fresh memory is touched for the first time by the kernels: on 4 KiB pages the faults of a training step are a
+// noticeable part of its time. Large results therefore ask for huge pages, as NumPy does for its arrays.
 const at::Tensor& prefer_huge_pages(const at::Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 2 << 20;

@@ -25,10 +25,8 @@ void split_rows(BackwardParams& p, int64_t blocks, int64_t rows_at_once, const D
   p.chunks = ceil_div(p.batch.rows, p.rows_per_chunk);
 }
 
-BackwardParams make_backward_params(const Problem& problem, const Choice& choice, bool d_gate_is_float) {
-  BackwardParams p;
-  static_cast<AttentionParams&>(p) = make_params(problem);
-  p.aligned = choice.aligned;
+template <class Params>
+void set_gradients(const Problem& problem, Params& p) {
   p.grad_out = make_operand(problem, problem.grad_out);
   p.grad_lse = make_operand(problem, problem.grad_lse);
   p.d_query = make_operand(problem, problem.d_query);
@@ -36,6 +34,13 @@ BackwardParams make_backward_params(const Problem& problem, const Choice& choice
   p.d_value = make_operand(problem, problem.d_value);
   p.d_gate = make_operand(problem, problem.d_gate);
   p.d_bias = make_operand(problem, problem.d_bias);
+}
+
+BackwardParams make_backward_params(const Problem& problem, const Choice& choice, bool d_gate_is_float) {
+  BackwardParams p;
+  static_cast<AttentionParams&>(p) = make_params(problem);
+  p.aligned = choice.aligned;
+  set_gradients(problem, p);
   p.d_bias_is_float = p.bias_is_float;
   p.d_gate_is_float = d_gate_is_float;
   p.grad_pairs_aligned = choice.grad_aligned;
@@ -55,13 +60,7 @@ void run_plain(const Problem& problem, const Choice& choice, const Device& devic
   PlainParams<T> p;
   static_cast<AttentionParams&>(p) = make_params(problem);
   p.exact_scale = problem.scale;
-  p.grad_out = make_operand(problem, problem.grad_out);
-  p.grad_lse = make_operand(problem, problem.grad_lse);
-  p.d_query = make_operand(problem, problem.d_query);
-  p.d_key = make_operand(problem, problem.d_key);
-  p.d_value = make_operand(problem, problem.d_value);
-  p.d_gate = make_operand(problem, problem.d_gate);
-  p.d_bias = make_operand(problem, problem.d_bias);
+  set_gradients(problem, p);
   const int64_t rows = p.batch.slabs * p.batch.rows * p.heads * p.q_len;
   p.row_terms = static_cast<T*>(device.allocate(rows * 3 * sizeof(T)));
   p.core_grad = static_cast<T*>(device.allocate(rows * p.value_dim * sizeof(T)));
