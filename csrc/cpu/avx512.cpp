@@ -12,6 +12,7 @@
 
 // immintrin.h of GCC 12 builds unused operands from an uninitialised variable.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define TGA_AVX512
 namespace torch_gated_attn {

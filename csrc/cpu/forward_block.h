@@ -9,9 +9,9 @@
 template <class A, int NQ>
 struct ForwardBlock {
   static constexpr int W = kLanes<A>, kBlock = NQ * W;
-  // A shift stands this far (log2 units) above the logit that raised it, and is raised again only by one above the shift:
-  // rescaling the accumulator becomes rare, and p <= 1, so sums of large values do not overflow. Each lane decides by
-  // itself: a row's bits do not depend on its neighbours.
+  // A shift stands this far (log2 units) above the logit that raised it, and is raised again only when the probabilities of
+  // a micro-tile add up to more than 1: rescaling the accumulator becomes rare, and no p exceeds 1, so sums of large values
+  // do not overflow. Each lane decides by itself: a row's bits do not depend on its neighbours.
   static constexpr int kHeadroom = 10;
 
   const A* q;  // [head_dim][kBlock], times scale * log2(e)
@@ -20,10 +20,13 @@ struct ForwardBlock {
   A* shift;    // [kBlock], log2 units
   int head_dim, value_dim;
 
-  __attribute__((noinline, cold)) void rescale(const Vec<A>* highest) const {
+  // `scores` [keys][kBlock] gave these totals.
+  __attribute__((noinline, cold)) void raise_shift(const A* scores, int keys, const Vec<A>* total) const {
     for (int u = 0; u < NQ; ++u) {
+      Vec<A> highest = set1<A>(kLowest<A>);
+      for (int j = 0; j < keys; ++j) highest = max(load(scores + j * kBlock + u * W), highest);
       const Vec<A> before = load(shift + u * W);
-      const Vec<A> after = highest[u] > before ? highest[u] + set1<A>(kHeadroom) : before;
+      const Vec<A> after = total[u] > set1<A>(1) ? highest + set1<A>(kHeadroom) : before;
       const Vec<A> factor = exp2<A>(before - after);
       store(shift + u * W, after);
       store(sum + u * W, load(sum + u * W) * factor);
@@ -31,31 +34,36 @@ struct ForwardBlock {
     }
   }
 
-  // Called before the keys whose highest logits these are enter the sums.
-  inline __attribute__((always_inline)) void raise_shift(const Vec<A> (&highest)[NQ]) const {
-    bool raise = false;
-    TGA_UNROLL for (int u = 0; u < NQ; ++u) raise |= any_greater(highest[u], load(shift + u * W));
-    if (__builtin_expect(raise, 0)) rescale(highest);
+  // Adds the probabilities of KEYS keys to the sums, and passes each on as take(key, vector of lanes, probability).
+  template <int KEYS, class F>
+  inline __attribute__((always_inline)) void softmax(const A* scores, const F& take) const {
+    Vec<A> total[NQ];
+    for (bool raised = false;; raised = true) {
+      bool exceeds = false;
+      TGA_UNROLL for (int u = 0; u < NQ; ++u) total[u] = Vec<A>{};
+      TGA_UNROLL for (int j = 0; j < KEYS; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
+        const Vec<A> p = exp2<A>(load(scores + j * kBlock + u * W) - load(shift + u * W));
+        total[u] += p;
+        take(j, u, p);
+      }
+      TGA_UNROLL for (int u = 0; u < NQ; ++u) exceeds |= any_greater(total[u], set1<A>(1));
+      if (__builtin_expect(raised || !exceeds, 1)) break;
+      raise_shift(scores, KEYS, total);
+    }
+    TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, load(sum + u * W) + total[u]);
   }
 
   // Adds `count` keys, a multiple of kMicroKeys.
   void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, int count) const {
+    alignas(kVectorBytes) A scores[kMicroKeys * kBlock];
     for (int i = 0; i < count; i += kMicroKeys) {
-      Vec<A> s[kMicroKeys][NQ], highest[NQ], m[NQ], l[NQ];
+      Vec<A> s[kMicroKeys][NQ];
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] =
           load(logits.data + static_cast<int64_t>(logits.row[i + j]) * kBlock + u * W);
       add_dot<A, A, NQ>(s, k + i, q, head_dim);
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-        highest[u] = max(s[0][u], set1<A>(kLowest<A>));
-        TGA_UNROLL for (int j = 1; j < kMicroKeys; ++j) highest[u] = max(s[j][u], highest[u]);
-      }
-      raise_shift(highest);
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W), l[u] = load(sum + u * W);
-      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-        s[j][u] = exp2<A>(s[j][u] - m[u]);
-        l[u] += s[j][u];
-      }
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, l[u]);
+      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
+          store(scores + j * kBlock + u * W, s[j][u]);
+      softmax<kMicroKeys>(scores, [&](int j, int u, Vec<A> p) { s[j][u] = p; });
       add_outer<A, A, NQ>(o, s, v + i, value_dim);
     }
   }

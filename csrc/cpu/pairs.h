@@ -90,26 +90,20 @@ struct PairForwardBlock {
   void add_keys(const Pair* const* k, const Pair* const* v, const LogitTile<float>& logits, int count) const {
     alignas(64) float scores[kPairKeys * kBlock];
     for (int i = 0; i < count; i += kPairKeys) {
-      VecF highest[NQ], m[NQ], l[NQ];
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) highest[u] = set1<float>(kLowest<float>);
       for (int half = 0; half < kPairKeys; half += kMicroKeys) {
         VecF s[kMicroKeys][NQ];
         pair_scores<NQ>(s, k, q, (result.head_dim + 1) / 2, scale, logits, i + half);
-        TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-          highest[u] = max(s[j][u], highest[u]);
-          store(scores + (half + j) * kBlock + u * W, s[j][u]);
-        }
+        TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
+            store(scores + (half + j) * kBlock + u * W, s[j][u]);
       }
-      result.raise_shift(highest);
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(result.shift + u * W), l[u] = load(result.sum + u * W);
       VecI p[kMicroKeys][NQ];
-      TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-        const float* s = scores + 2 * j * kBlock + u * W;
-        const VecF first = exp2<float>(load(s) - m[u]), second = exp2<float>(load(s + kBlock) - m[u]);
-        l[u] += first + second;
-        p[j][u] = pair_lanes(first, second);
-      }
-      TGA_UNROLL for (int u = 0; u < NQ; ++u) store(result.sum + u * W, l[u]);
+      VecF even[NQ];
+      result.template softmax<kPairKeys>(scores, [&](int j, int u, VecF x) {
+        if (j % 2 == 0)
+          even[u] = x;
+        else
+          p[j / 2][u] = pair_lanes(even[u], x);
+      });
       add_outer<float, Pair, NQ>(result.o, p, v + i / 2, result.value_dim);
     }
   }

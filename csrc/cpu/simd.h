@@ -63,6 +63,8 @@ TGA_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m5
 // As the instruction has it: b where either is NaN.
 TGA_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
 TGA_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+TGA_INLINE VecD min(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (__m512d)b); }
+TGA_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
 TGA_INLINE bool any_greater(VecF a, VecF b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0; }
 TGA_INLINE bool any_greater(VecD a, VecD b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0; }
 TGA_INLINE float sum_lanes(VecF a) { return _mm512_reduce_add_ps((__m512)a); }
@@ -72,6 +74,8 @@ TGA_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m2
 TGA_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 TGA_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
 TGA_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+TGA_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
+TGA_INLINE VecD min(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
 TGA_INLINE bool any_greater(VecF a, VecF b) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
 }
@@ -86,6 +90,10 @@ TGA_INLINE V fma(V a, V b, V c) {
 template <class V>
 TGA_INLINE V max(V a, V b) {
   return a > b ? a : b;
+}
+template <class V>
+TGA_INLINE V min(V a, V b) {
+  return a < b ? a : b;
 }
 template <class V>
 TGA_INLINE bool any_greater(V a, V b) {

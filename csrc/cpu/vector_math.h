@@ -10,14 +10,20 @@ constexpr A kInf = __builtin_inff();
 template <class A>
 constexpr A kLowest = sizeof(A) == 4 ? -3.40282346638528859812e38 : -1.79769313486231570815e308;
 
-// Adding 1.5 * 2^mantissa_bits rounds to an integer that then stands in the low bits of the mantissa; with the exponent
-// bias added too, shifting those bits up gives 2^n.
+// 2^x on [0, 1), minimax, relative error 7e-8, 2^0 = 1 exactly.
+constexpr double kExp2OfFraction[] = {1.8689563368e-3, 9.0148845707e-3, 5.5799300728e-2,
+                                      2.4016565110e-1, 6.9315106752e-1, 1.0};
+
+// Without AVX-512: adding 1.5 * 2^mantissa_bits rounds to an integer that then stands in the low bits of the mantissa; with
+// the exponent bias added too, shifting those bits up gives 2^n.
 template <class A>
 constexpr A kRoundMagic = sizeof(A) == 4 ? 12582912.0 + 127 : 6755399441055744.0 + 1023;
 template <class A>
 constexpr int kMantissaBits = sizeof(A) == 4 ? 23 : 52;
 template <class A>
-constexpr A kSmallestExponent = sizeof(A) == 4 ? -127 : -1023;
+constexpr A kSmallestExponent = sizeof(A) == 4 ? -127 : -1023;  // of zero, as the bits say it
+template <class A>
+constexpr A kLargestExponent = sizeof(A) == 4 ? 128 : 1024;  // of infinity
 
 template <class A>
 TGA_INLINE Vec<A> horner(Vec<A> x, const double* coefficients, int count) {
@@ -26,10 +32,18 @@ TGA_INLINE Vec<A> horner(Vec<A> x, const double* coefficients, int count) {
   return y;
 }
 
-// 2^x. Exactly 0 below 2^-126 (float) or 2^-1022 (double), also for -inf: an excluded key leaves no trace. NaN stays NaN.
-// x above 127 (1023) is not supported.
+// 2^x. Exactly 0 below 2^-126 (float) or 2^-1022 (double), also for -inf: an excluded key leaves no trace. Infinite from
+// 128 (1024). NaN stays NaN.
 template <class A>
 TGA_INLINE Vec<A> exp2(Vec<A> x) {
+#if defined(TGA_AVX512)
+  if constexpr (sizeof(A) == 4) {
+    // Eight operations instead of twelve. The mask keeps denormal results away, which cost the instruction some 200 cycles.
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)set1<A>(-126), _CMP_NLT_UQ);
+    const VecF fraction = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for infinities
+    return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)horner<A>(fraction, kExp2OfFraction, 6), (__m512)x);
+  }
+#endif
   // float: minimax on [-1/2, 1/2], relative error 1.1e-7, 2^0 = 1 exactly. double: Taylor, ln2^n / n!, 4e-18.
   constexpr double kFloat[] = {1.3264727140e-3, 9.6715126400e-3, 5.5507337435e-2, 2.4022242085e-1, 6.9314697760e-1, 1.0};
   constexpr double kDouble[] = {1.3691488853904124e-12, 2.5678435993488196e-11,
@@ -39,7 +53,7 @@ TGA_INLINE Vec<A> exp2(Vec<A> x) {
                                 0.0013333558146428441,  0.009618129107628477,
                                 0.055504108664821576,   0.2402265069591007,
                                 0.6931471805599453,     1.0};
-  x = max(set1<A>(kSmallestExponent<A>), x);  // this order keeps NaN
+  x = max(set1<A>(kSmallestExponent<A>), min(set1<A>(kLargestExponent<A>), x));  // this order keeps NaN
   const Vec<A> rounded = x + set1<A>(kRoundMagic<A>);
   const Vec<A> fraction = x - (rounded - set1<A>(kRoundMagic<A>));
   const Vec<A> power = (Vec<A>)((VecBits<A>)rounded << kMantissaBits<A>);
