@@ -87,7 +87,8 @@ class BackwardUnit {
     if (p_.d_query.data) __builtin_memset(d_q_, 0, sizeof(A) * lanes_.padded * head_dim_);
 
     Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
-    if (r + 1 < w.row_end) prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
+    if (r + 1 < w.row_end && comes_from_memory<T>(p_))
+      prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
     for (int key = 0; key < keys_.padded; key += kTileKeys) {
       const int count = keys_.padded - key < kTileKeys ? keys_.padded - key : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {

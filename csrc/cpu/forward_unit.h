@@ -57,7 +57,7 @@ class ForwardUnit {
     __builtin_memset(o_, 0, sizeof(A) * lanes_.padded * value_dim_);
 
     Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
-    if (!last) {
+    if (!last && comes_from_memory<T>(p_)) {
       prefetch.keys(at<const T>(p_.key, next.key, w.kv_head), p_.key, p_.k_len, p_.head_dim);
       prefetch.keys(at<const T>(p_.value, next.value, w.kv_head), p_.value, p_.k_len, p_.value_dim);
       prefetch.lanes(at<const T>(p_.query, next.query, head_), p_.query, lanes_, p_.head_dim);

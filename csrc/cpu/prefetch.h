@@ -1,8 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Brings the next row's tensors into the second-level cache while this row is computed, spread evenly over its tiles: the
-// hardware prefetcher sees each stream too late (triangle attention, forward: a prototype on Zen 5 140 -> 175 GF/s; an
-// Intel server core 5 % where the rows come from memory, and 2 to 4 % slower where they stay in the caches).
+// Brings the next row's tensors into the second-level cache while this row is computed, spread evenly over its tiles: where
+// they come from memory, the hardware prefetcher sees each stream too late (triangle attention, forward: a prototype on
+// Zen 5 140 -> 175 GF/s, an Intel server core 5 %). Where they stay in the last-level cache it sees them in time, and the
+// instructions cost 2 to 4 %.
+template <class T>
+static inline bool comes_from_memory(const Problem& p) {
+  constexpr int64_t kCacheBytes = 32 << 20;  // what two cores can expect of it
+  const int64_t queries = p.heads * p.q_len * (p.head_dim + p.value_dim);
+  const int64_t keys = p.kv_heads * p.k_len * (p.head_dim + p.value_dim);
+  return p.outer * p.rows * (queries + keys) * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
+}
 
 class Prefetch {
  public:
