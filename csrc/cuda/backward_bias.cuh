@@ -145,19 +145,21 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
       dev::sync_block();
       issue(row + 1);
       const uint32_t keys = ring.next_read(), values = keys + T::kTileBytes;
+      uint32_t key_rows[(T::kSteps + 1) / 2][4], value_rows[(T::kSteps + 1) / 2][4];
       TGA_UNROLL
       for (int n = 0; n < T::kSubtiles; ++n) {
-        uint32_t b[(T::kSteps + 1) / 2][4];
         float score[4], d_prob[4];
-        load_rows_as_columns<T::kSteps, T::kRowBytes>(b, keys, n * 8);
+        if (n * 8 % kRowsPerLoad<T::kSteps> == 0) {
+          load_rows_as_columns<T::kSteps, T::kRowBytes>(key_rows, keys, n * 8);
+          load_rows_as_columns<T::kSteps, T::kRowBytes>(value_rows, values, n * 8);
+        }
         if constexpr (T::kBiasFragments) {
-          multiply<T::kType, T::kSteps>(score, query, b, bias[n][0]);
+          multiply<T::kType, T::kSteps>(score, query, key_rows, n, bias[n][0]);
         } else {
           const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          multiply<T::kType, T::kSteps>(score, query, b, zero);
+          multiply<T::kType, T::kSteps>(score, query, key_rows, n, zero);
         }
-        load_rows_as_columns<T::kSteps, T::kRowBytes>(b, values, n * 8);
-        multiply<T::kType, T::kSteps>(d_prob, grad, b, negative_delta);
+        multiply<T::kType, T::kSteps>(d_prob, grad, value_rows, n, negative_delta);
         const uint32_t bits = mask_bits.bits(row, 0, n * 8) >> (n % 4 * 8 + lane.pair * 2);
         TGA_UNROLL
         for (int i = 0; i < 4; ++i) {

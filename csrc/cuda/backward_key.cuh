@@ -219,27 +219,29 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
           bias_rows.load(bias[m], j * 16, m);
         }
         uint32_t prob[T::kRowTiles][4], d_score[T::kRowTiles][4];
+        uint32_t query[(T::kSteps + 1) / 2][4], grad[(T::kSteps + 1) / 2][4];
         TGA_UNROLL
         for (int e = 0; e < 2; ++e) {
-          uint32_t b[(T::kSteps + 1) / 2][4];
           float s[T::kRowTiles][4], d_prob[T::kRowTiles][4];
-          load_rows_as_columns<T::kSteps, T::kRowBytes>(b, queries, (2 * j + e) * 8);
+          if (e * 8 % kRowsPerLoad<T::kSteps> == 0) {
+            load_rows_as_columns<T::kSteps, T::kRowBytes>(query, queries, (2 * j + e) * 8);
+            load_rows_as_columns<T::kSteps, T::kRowBytes>(grad, grads, (2 * j + e) * 8);
+          }
           TGA_UNROLL
           for (int m = 0; m < T::kRowTiles; ++m) {
             if constexpr (T::kBiasFragments) {
-              multiply<T::kType, T::kSteps>(s[m], key[m], b, bias[m][e]);
+              multiply<T::kType, T::kSteps>(s[m], key[m], query, e, bias[m][e]);
             } else {
               const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-              multiply<T::kType, T::kSteps>(s[m], key[m], b, zero);
+              multiply<T::kType, T::kSteps>(s[m], key[m], query, e, zero);
             }
           }
           const Float4 delta = dev::load_shared<Float4>(terms + (2 * j + e) * 128);
           const Float2 shift = dev::load_shared<Float2>(terms + (2 * j + e) * 128 + 16);
           const float negative_delta[4] = {delta.x, delta.y, delta.z, delta.w};
-          load_rows_as_columns<T::kSteps, T::kRowBytes>(b, grads, (2 * j + e) * 8);
           TGA_UNROLL
           for (int m = 0; m < T::kRowTiles; ++m) {
-            multiply<T::kType, T::kSteps>(d_prob[m], value[m], b, negative_delta);
+            multiply<T::kType, T::kSteps>(d_prob[m], value[m], grad, e, negative_delta);
             float x[4], d[4];
             TGA_UNROLL
             for (int i = 0; i < 4; ++i) {

@@ -226,6 +226,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
         TGA_UNROLL
         for (int j = 0; j < T::kBlock / 16; ++j) {
           uint32_t d_score[T::kGroup][T::kRowTiles][4];
+          uint32_t key_rows[T::kGroup][(T::kSteps + 1) / 2][4], value_rows[T::kGroup][(T::kSteps + 1) / 2][4];
           [[maybe_unused]] uint32_t bias_words[T::kRowTiles][4];
           if constexpr (T::kBias == BiasAccess::kHalf) {
             bias_source.load(bias_words, j);
@@ -251,21 +252,22 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
             for (int r = 0; r < T::kGroup; ++r) {
               const uint32_t keys = stage + r * 2 * T::kTileBytes, values = keys + T::kTileBytes;
               float score[T::kRowTiles][4], d_prob[T::kRowTiles][4];
-              uint32_t b[(T::kSteps + 1) / 2][4];
-              load_rows_as_columns<T::kSteps, T::kRowBytes>(b, keys, first);
+              if (first % kRowsPerLoad<T::kSteps> == 0) {
+                load_rows_as_columns<T::kSteps, T::kRowBytes>(key_rows[r], keys, first);
+                load_rows_as_columns<T::kSteps, T::kRowBytes>(value_rows[r], values, first);
+              }
               TGA_UNROLL
               for (int m = 0; m < T::kRowTiles; ++m) {
                 if constexpr (T::kBiasFragments) {
-                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], b, bias[m]);
+                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], key_rows[r], e, bias[m]);
                 } else {
                   const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], b, zero);
+                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], key_rows[r], e, zero);
                 }
               }
-              load_rows_as_columns<T::kSteps, T::kRowBytes>(b, values, first);
               TGA_UNROLL
               for (int m = 0; m < T::kRowTiles; ++m) {
-                multiply<T::kType, T::kSteps>(d_prob[m], state[r].grad[m], b, state[r].negative_delta[m]);
+                multiply<T::kType, T::kSteps>(d_prob[m], state[r].grad[m], value_rows[r], e, state[r].negative_delta[m]);
               }
               uint32_t bits = 0;
               if constexpr (masked.value) {

@@ -26,17 +26,18 @@ struct ForwardBlock {
 struct ForwardPlace {
   SlabIndex slab;
   int64_t first_row;  // of the slab's batch rows
-  int head, first_query;
+  int head, first_query;  // of this warp
 };
 
 template <class T>
 TGA_DEVICE ForwardPlace forward_place(const AttentionParams& p) {
-  int64_t index = p.first_block + dev::block_index();
+  // Worked out anew for the stores, hence opaque: kept, it would fill a dozen registers through the main loop.
+  int64_t index = p.first_block + dev::opaque(dev::block_index());
   const int query_tiles = (p.q_len + T::kRows - 1) / T::kRows;
   const int64_t groups = (p.batch.rows + T::kGroup - 1) / T::kGroup;
   ForwardPlace place;
   // Blocks that run side by side share keys and values first, the bias second.
-  place.first_query = static_cast<int>(index % query_tiles) * T::kRows;
+  place.first_query = static_cast<int>(index % query_tiles) * T::kRows + dev::thread_index() / 32 * 16 * T::kRowTiles;
   index /= query_tiles;
   place.first_row = index % groups * T::kGroup;
   index /= groups;
@@ -79,7 +80,7 @@ TGA_DEVICE void mean_of_values(float (&mean)[T::kCols][2], const uint16_t* value
 // Divides by the sum, applies the gate, stores output, lse, shift and sum of one batch row.
 template <class T>
 TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, const ForwardPlace& place, int64_t batch_row,
-                          int first_query, float factor) {
+                          int first_query) {
   const Lane lane = this_lane();
   const bool pairs_aligned = !T::kGeneral || p.aligned;
   uint16_t* const out = static_cast<uint16_t*>(p.out.data) + p.out.offset(place.slab, batch_row, place.head);
@@ -106,7 +107,7 @@ TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, co
       }
       const float sum = sums[i], inverse = empty[i] ? 0.0f : dev::reciprocal(sum);
       if (lane.pair == 0) {
-        const float shift = state.shift(m, i, factor);
+        const float shift = empty[i] ? 0.0f : state.shift[m][i];
         const auto store = [&](const Operand& to, float value) {
           dev::store_global(static_cast<float*>(to.data) + to.offset(place.slab, batch_row, place.head) + query * to.row,
                             value);
@@ -143,17 +144,19 @@ TGA_DEVICE void score_tile(float (&score)[T::kRowTiles][T::kSubtiles][4], const 
   for (int m = 0; m < T::kRowTiles; ++m) {
     queries.get(r * T::kRowTiles + m, query[m]);
   }
+  uint32_t b[(T::kSteps + 1) / 2][4];
   TGA_UNROLL
   for (int n = 0; n < T::kSubtiles; ++n) {
-    uint32_t b[(T::kSteps + 1) / 2][4];
-    load_rows_as_columns<T::kSteps, T::kRowBytes>(b, keys, n * 8);
+    if (n * 8 % kRowsPerLoad<T::kSteps> == 0) {
+      load_rows_as_columns<T::kSteps, T::kRowBytes>(b, keys, n * 8);
+    }
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       if constexpr (T::kBiasFragments) {
-        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, bias[n][m]);
+        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, n, bias[n][m]);
       } else {
         const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, zero);
+        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, n, zero);
       }
     }
   }
@@ -165,7 +168,7 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
   using Block = ForwardBlock<T>;
   const ForwardPlace place = forward_place<T>(p);
   const Lane lane = this_lane();
-  const int warp = dev::thread_index() / 32, first_query = place.first_query + warp * 16 * T::kRowTiles;
+  const int first_query = place.first_query;
   const int rows =
       p.batch.rows - place.first_row < T::kGroup ? static_cast<int>(p.batch.rows - place.first_row) : T::kGroup;
   const int kv_head = place.head / (p.heads / p.kv_heads);
@@ -279,10 +282,11 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
     }
   }
 
+  const ForwardPlace here = forward_place<T>(p);
   TGA_UNROLL
   for (int r = 0; r < T::kGroup; ++r) {
-    if (r < rows) {
-      store_row<T>(state[r], p, place, place.first_row + r, first_query, factor);
+    if (here.first_row + r < p.batch.rows) {
+      store_row<T>(state[r], p, here, here.first_row + r, here.first_query);
     }
   }
 }

@@ -143,17 +143,25 @@ TGA_DEVICE void negate(uint32_t (&fragment)[kSteps][4]) {
   }
 }
 
-// B fragments of 8 rows of a shared tile, all of head_dim: result = A * rows^T. One ldmatrix brings two k steps.
+// B fragments of 8 rows of a shared tile, all of head_dim: result = A * rows^T. One ldmatrix brings two k steps, or, where
+// there is only one, that of 16 rows.
+template <int kSteps>
+constexpr int kRowsPerLoad = kSteps == 1 ? 16 : 8;
+
 template <int kSteps, uint32_t kRowBytes>
 TGA_DEVICE void load_rows_as_columns(uint32_t (&b)[(kSteps + 1) / 2][4], uint32_t tile, int first_row) {
   const int lane = dev::thread_index() % 32;
+  if constexpr (kSteps == 1) {
+    dev::load_matrices(b[0], tile + swizzled<kRowBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2) + first_row * kRowBytes);
+    return;
+  }
   // Tiles are aligned to 256 bytes, the longest row, and the swizzle is an exclusive or, so chunk 4 * x is one away by
   // another one.
-  const uint32_t first = tile + swizzled<kRowBytes>(lane % 8, kSteps == 1 ? lane / 8 % 2 : lane / 8);
+  const uint32_t first = tile + swizzled<kRowBytes>(lane % 8, lane / 8);
   TGA_UNROLL
   for (int x = 0; x < (kSteps + 1) / 2; ++x) {
     // With one step left the lanes for the other one read the same again.
-    const uint32_t at = 2 * x + 1 < kSteps || kSteps == 1 ? first : tile + swizzled<kRowBytes>(lane % 8, lane / 8 % 2);
+    const uint32_t at = 2 * x + 1 < kSteps ? first : tile + swizzled<kRowBytes>(lane % 8, lane / 8 % 2);
     dev::load_matrices(b[x], (at ^ (x * 64)) + first_row * kRowBytes);
   }
 }
@@ -176,11 +184,13 @@ TGA_DEVICE void accumulate_rows(float (&acc)[kRowTiles][kCols][4], const uint32_
   }
 }
 
-// d = a * b + c over head_dim, b as load_rows_as_columns gives it.
+// d = a * b + c over head_dim, b as load_rows_as_columns gives it for the rows that contain those of this product:
+// `subtile` is its place among the 8-row tiles of a tile.
 template <DType kType, int kSteps>
 TGA_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[kSteps][4], const uint32_t (&b)[(kSteps + 1) / 2][4],
-                         const float (&c)[4]) {
-  dev::mma<kType>(d, a[0], b[0][0], b[0][1], c);
+                         int subtile, const float (&c)[4]) {
+  const int first = subtile * 8 % kRowsPerLoad<kSteps> / 4;
+  dev::mma<kType>(d, a[0], b[0][first], b[0][first + 1], c);
   TGA_UNROLL
   for (int step = 1; step < kSteps; ++step) {
     dev::mma<kType>(d, a[step], b[step / 2][step % 2 * 2], b[step / 2][step % 2 * 2 + 1], d);

@@ -10,6 +10,7 @@ namespace torch_gated_attn::cuda {
 // A row's shift is only raised once a score exceeds it by this many units: rescaling the accumulators is rare, and 2^8
 // leaves float16 probabilities (largest 65504) room.
 constexpr float kShiftSlack = 8.0f;
+constexpr float kLargestFloat = 3.4028234663852886e38f;
 
 // Output accumulators of one batch row and what its softmax has seen so far.
 template <class T>
@@ -17,7 +18,9 @@ struct RowState {
   float acc[T::kRowTiles][T::kCols][4];
   // Sums over this thread's columns; total() adds up the four threads of a row.
   float sum[T::kRowTiles][2];
-  float max[T::kRowTiles][2];
+  // The largest score seen, or up to kShiftSlack less. It begins at the lowest float, not at -inf, so that the -inf of an
+  // excluded key minus it is -inf.
+  float shift[T::kRowTiles][2];
 
   TGA_DEVICE void clear() {
     TGA_UNROLL
@@ -30,7 +33,7 @@ struct RowState {
         }
       }
       sum[m][0] = sum[m][1] = 0.0f;
-      max[m][0] = max[m][1] = -INFINITY;
+      shift[m][0] = shift[m][1] = -kLargestFloat;
     }
   }
 
@@ -60,25 +63,24 @@ struct RowState {
     for (int i = 0; i < 2; ++i) {
       seen[i] = fmaxf(seen[i], dev::shuffle_xor(seen[i], 1));
       seen[i] = fmaxf(seen[i], dev::shuffle_xor(seen[i], 2));
-      // -inf - -inf is NaN and raises nothing.
-      raise[i] = (seen[i] - max[m][i]) * factor > kShiftSlack;
+      raise[i] = fmaf(seen[i], factor, -shift[m][i]) > kShiftSlack;
     }
     if (dev::any(raise[0] || raise[1])) {
       float keep[2];
       TGA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        keep[i] = raise[i] ? dev::exp2((max[m][i] - seen[i]) * factor) : 1.0f;
-        max[m][i] = raise[i] ? seen[i] : max[m][i];
+        const float raised = raise[i] ? seen[i] * factor : shift[m][i];
+        keep[i] = dev::exp2(shift[m][i] - raised);
+        shift[m][i] = raised;
       }
       rescale(m, keep[0], keep[1]);
     }
-    const float shift[2] = {this->shift(m, 0, factor), this->shift(m, 1, factor)};
     TGA_UNROLL
     for (int n = 0; n < T::kSubtiles; ++n) {
       float e[4];
       TGA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        e[i] = dev::exp2(fmaf(score[n][i], factor, -shift[i / 2]));
+        e[i] = dev::exp2(fmaf(score[n][i], factor, -shift[m][i / 2]));
       }
       // Unrounded: lse is as accurate as float32 makes it.
       sum[m][0] += e[0] + e[1];
@@ -87,9 +89,6 @@ struct RowState {
       p[n / 2][m][n % 2 * 2 + 1] = dev::pack<T::kType>(e[2], e[3]);
     }
   }
-
-  // 0 as long as nothing was attended: -inf as a shift would turn the excluded keys' -inf into NaN.
-  TGA_DEVICE float shift(int m, int i, float factor) const { return max[m][i] == -INFINITY ? 0.0f : max[m][i] * factor; }
 
   // What row i of row tile m sums to; called by whole warps.
   TGA_DEVICE float total(int m, int i) const {

@@ -38,10 +38,10 @@ struct Tile {
 template <DType kType, int kHeadDim, BiasAccess kBias, bool kShareBias>
 struct ForwardShape {
   static constexpr bool kGeneral = kBias == BiasAccess::kGeneral;
-  static constexpr int kGroup = !kShareBias ? 1 : kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kGroup = !kShareBias ? 1 : kHeadDim <= 16 ? 4 : kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
   static constexpr int kRowTiles = kGeneral || kHeadDim > 32 || kShareBias ? 1 : 2;
   static constexpr int kBlock = kHeadDim <= 64 && !kGeneral ? 64 : 32;
-  static constexpr int kWarps = kGroup == 3 ? 8 : 4;
+  static constexpr int kWarps = kGroup >= 3 ? 8 : 4;
   using type = Tile<kType, kHeadDim, kBias, kWarps, kRowTiles, kBlock, kGroup, 3, (kGroup > 1)>;
 };
 template <DType kType, int kHeadDim, BiasAccess kBias, bool kShareBias>
