@@ -89,19 +89,8 @@ def name_of(value):
     return "-".join(str(v).removeprefix("torch.") for v in value.values())
 
 
-# Rounding P and dS to 16 bits leaves a few results of tiny problems above plain PyTorch's root mean square error.
-ABOVE_THE_RULE = {
-    "query_and_key_lengths_on_the_diagonal-bfloat16": "d_key of Q = K = 10: 0.00083 against 0.00077",
-    "float32_bias_with_other_inputs-bfloat16": "the median ratio is 0.72, not below 0.7",
-    "float32_bias_with_other_inputs-float16": "d_query of one bias: 9.49e-5 against 9.41e-5",
-}
-
-
 @pytest.mark.parametrize(("function", "arguments"), MATRIX, ids=name_of)
-def test_matrix_of_the_operator(emulated, request, function, arguments):
-    for name, reason in ABOVE_THE_RULE.items():
-        if f"[{name}]" in request.node.name:
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
+def test_matrix_of_the_operator(emulated, function, arguments):
     function(device="cpu", **arguments)
 
 
@@ -199,11 +188,10 @@ def test_old_architecture_is_refused(library):
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_planted_bug_is_caught(tmp_path, request, bug):
-    if bug.name == "teams not rotated":
-        request.applymarker(pytest.mark.xfail(reason="not caught yet", strict=True, raises=pytest.fail.Exception))
-    library = harness.load(build.build(bug.plant(tmp_path), only=("bf16_16", "bias_workspace"), flags=("-O1",)))
-    inputs = draw(seed=3, dtype=BF16, batch=(5,), heads=1, q=70, k=150, d=16, bias=(1, 70, 150))
+def test_planted_bug_is_caught(tmp_path, bug):
+    library = harness.load(build.build(bug.plant(tmp_path), only=("bf16_16", "bias_workspace")))
+    mask = "key" if bug.masked else None
+    inputs = draw(seed=3, dtype=BF16, batch=(5,), heads=1, q=70, k=150, d=16, bias=(1, 70, 150), mask=mask)
     inputs = inputs.replace(bias=inputs.bias + torch.linspace(0, 60, 150).to(BF16))  # the largest logits come last
 
     def judge():

@@ -25,7 +25,7 @@ struct ForwardBlock {
 // What a block works on.
 struct ForwardPlace {
   SlabIndex slab;
-  int64_t first_row;  // of the slab's batch rows
+  int64_t first_row;      // of the slab's batch rows
   int head, first_query;  // of this warp
 };
 

@@ -86,18 +86,16 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
       if (col >= kHeadDim) {
         continue;
       }
-      Float2 grad = {0.0f, 0.0f}, gate = {1.0f, 1.0f};
+      Float2 grad = {0.0f, 0.0f}, gate = {1.0f, 1.0f}, y = {0.0f, 0.0f};
       if (real && p.grad_out.data != nullptr) {
         grad =
             dev::unpack<kType>(load_grad_pair(row_of(p.grad_out), p.grad_out.col, col, p.value_dim, p.grad_pairs_aligned));
-        const Float2 y = dev::unpack<kType>(load_pair(row_of(p.out), col, p.value_dim, p.aligned));
+        y = dev::unpack<kType>(load_pair(row_of(p.out), col, p.value_dim, p.aligned));
         if (p.gate.data != nullptr) {
           const Float2 logit = load_gate<kType>(row_of(p.gate), p.gate.col, col, p.value_dim, p.aligned);
           gate = {sigmoid(logit.x), sigmoid(logit.y)};
         }
-        const Float2 term = {grad.x * y.x, grad.y * y.y};
-        delta += term.x + term.y;
-        const Float2 gate_grad = {term.x * (1.0f - gate.x), term.y * (1.0f - gate.y)};
+        const Float2 gate_grad = {grad.x * y.x * (1.0f - gate.x), grad.y * y.y * (1.0f - gate.y)};
         head_gate_grad += gate_grad.x + gate_grad.y;
         if (p.d_gate.data != nullptr && p.d_gate.col != 0) {
           store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, col, gate_grad.x,
@@ -106,7 +104,12 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
       } else if (real && p.d_gate.data != nullptr && p.d_gate.col != 0) {
         store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, col, 0.0f, 0.0f);
       }
-      dev::store_global(core + col, dev::pack<kType>(grad.x * gate.x * normaliser, grad.y * gate.y * normaliser));
+      const uint32_t rounded = dev::pack<kType>(grad.x * gate.x * normaliser, grad.y * gate.y * normaliser);
+      dev::store_global(core + col, rounded);
+      // dP - delta comes from the rounded dO on both sides: its rounding then moves dP of all keys, but not their mean.
+      const Float2 core_grad = dev::unpack<kType>(rounded);
+      delta +=
+          (gate.x == 0.0f ? 0.0f : core_grad.x * (y.x / gate.x)) + (gate.y == 0.0f ? 0.0f : core_grad.y * (y.y / gate.y));
     }
   }
   TGA_UNROLL
@@ -128,9 +131,10 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   }
   if (real && p.grad_lse.data != nullptr) {
     delta -= dev::load_global<float>(static_cast<const float*>(p.grad_lse.data) + p.grad_lse.offset(slab, batch_row, head) +
-                                     query * p.grad_lse.row);
+                                     query * p.grad_lse.row) *
+             normaliser;
   }
-  const float negative_delta = shift == INFINITY ? 0.0f : -delta * normaliser;
+  const float negative_delta = shift == INFINITY ? 0.0f : -delta;
   float* const terms = p.row_terms + place / 2 * 8 + place % 2;
   dev::store_global(terms, negative_delta);
   dev::store_global(terms + 2, negative_delta);

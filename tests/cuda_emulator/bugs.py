@@ -13,6 +13,7 @@ class Bug:
     file: str
     right: str
     wrong: str
+    masked: bool = True  # the inputs that show it have a mask
 
     def plant(self, folder):
         """A copy of csrc with this bug in it; the path of its cuda folder."""
@@ -41,7 +42,14 @@ BUGS = [
     Bug("accumulator not rescaled", "softmax.cuh", "acc[m][n][2] *= second;", ""),
     Bug("sum not rescaled", "softmax.cuh", "sum[m][1] *= second;", ""),
     Bug("mask ignored", "forward.cuh", "if (!(bits >> (e % 2) & 1)) {", "if (false) {"),
-    Bug("teams not rotated", "backward_query.cuh", "team * (full > 0 ? full : steps) / T::kTeams", "0"),
+    Bug(
+        "teams not rotated over full tiles",
+        "backward_query.cuh",
+        "team * (full > 0 ? full : steps) / T::kTeams",
+        "0",
+        masked=False,
+    ),
+    Bug("teams not rotated over mixed tiles", "backward_query.cuh", "team * (steps - full) / T::kTeams", "0"),
     Bug(
         "strip read before the last step",
         "backward_query.cuh",
