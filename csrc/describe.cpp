@@ -129,4 +129,9 @@ at::Tensor with_dense_rows(const at::Tensor& tensor) {
   return distinct.contiguous();
 }
 
+at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  const at::Tensor dense = with_dense_rows(tensor);
+  return dense.defined() && dense.size(-1) > 1 && dense.stride(-1) != 1 ? dense.contiguous() : dense;
+}
+
 }  // namespace torch_gated_attn

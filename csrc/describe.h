@@ -20,5 +20,7 @@ Problem describe(const Operands& operands, std::optional<double> scale, c10::str
 // `tensor` with unit stride in its last dimension (or a broadcast one, stride 0): itself, or a dense copy of its distinct
 // elements, whose expanded dimensions have size 1. Undefined stays undefined.
 at::Tensor with_dense_rows(const at::Tensor& tensor);
+// The same with unit stride only.
+at::Tensor with_contiguous_rows(const at::Tensor& tensor);
 
 }  // namespace torch_gated_attn

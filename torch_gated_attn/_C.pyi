@@ -4,4 +4,13 @@ cuda_version: str | None
 compiler: str
 cpu_capabilities: tuple[str, ...]
 
+Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]
+
 def cpu_capability() -> str: ...
+def explain(
+    tensors: list[Layout | None],
+    scale: float | None,
+    masked_rows: str,
+    grad_mask: list[bool],
+    arch: int | None,
+) -> tuple[str, str, dict[str, str]]: ...

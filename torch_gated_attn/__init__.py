@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import _load, reference
 from ._version import __version__
+from .explain import Explanation, explain
 from .functional import gated_attention, gated_attention_with_lse
 from .module import GatedAttention
 
@@ -17,4 +18,12 @@ from . import _vmap  # noqa: E402  # its rules attach to the loaded operators
 
 _vmap.register()
 
-__all__ = ["GatedAttention", "__version__", "gated_attention", "gated_attention_with_lse", "reference"]
+__all__ = [
+    "Explanation",
+    "GatedAttention",
+    "__version__",
+    "explain",
+    "gated_attention",
+    "gated_attention_with_lse",
+    "reference",
+]

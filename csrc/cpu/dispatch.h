@@ -11,4 +11,10 @@ namespace torch_gated_attn {
 const CpuKernels& cpu_kernels();  // std::runtime_error for an unknown name
 const char* cpu_capability();     // its name
 
+// For explain(): which of an instruction set's kernels takes the call, and why.
+struct CpuChoice {
+  const char *kernel, *reason;
+};
+CpuChoice choose_cpu(const Problem& problem);
+
 }  // namespace torch_gated_attn

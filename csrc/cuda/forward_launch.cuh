@@ -13,15 +13,12 @@ void launch_forward_tile(const AttentionParams& p, void* stream) {
               ForwardBlock<T>::kSharedBytes, stream, "the forward kernel");
 }
 
-// Sharing the bias pays if the last group of batch rows is not mostly empty.
-template <class Shared, class Single>
+template <DType kType, int kHeadDim, BiasAccess kBias>
 void launch_forward_biased(const AttentionParams& p, bool share_bias, void* stream) {
-  constexpr int kGroup = Shared::kGroup;
-  const int64_t padded = (p.batch.rows + kGroup - 1) / kGroup * kGroup;
-  if (share_bias && padded * 3 <= p.batch.rows * 4) {
-    launch_forward_tile<Shared>(p, stream);
+  if (share_bias) {
+    launch_forward_tile<ForwardTile<kType, kHeadDim, kBias, true>>(p, stream);
   } else {
-    launch_forward_tile<Single>(p, stream);
+    launch_forward_tile<ForwardTile<kType, kHeadDim, kBias, false>>(p, stream);
   }
 }
 
@@ -29,12 +26,8 @@ template <DType kType, int kHeadDim>
 void launch_forward(const AttentionParams& p, BiasAccess access, bool share_bias, void* stream) {
   switch (access) {
     case BiasAccess::kNone: return launch_forward_tile<ForwardTile<kType, kHeadDim, BiasAccess::kNone, false>>(p, stream);
-    case BiasAccess::kHalf:
-      return launch_forward_biased<ForwardTile<kType, kHeadDim, BiasAccess::kHalf, true>,
-                                   ForwardTile<kType, kHeadDim, BiasAccess::kHalf, false>>(p, share_bias, stream);
-    case BiasAccess::kFloat:
-      return launch_forward_biased<ForwardTile<kType, kHeadDim, BiasAccess::kFloat, true>,
-                                   ForwardTile<kType, kHeadDim, BiasAccess::kFloat, false>>(p, share_bias, stream);
+    case BiasAccess::kHalf: return launch_forward_biased<kType, kHeadDim, BiasAccess::kHalf>(p, share_bias, stream);
+    case BiasAccess::kFloat: return launch_forward_biased<kType, kHeadDim, BiasAccess::kFloat>(p, share_bias, stream);
     case BiasAccess::kGeneral:
       return launch_forward_tile<ForwardTile<kType, kHeadDim, BiasAccess::kGeneral, false>>(p, stream);
   }

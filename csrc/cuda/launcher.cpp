@@ -22,12 +22,6 @@ namespace {
 
 at::Tensor tensor_of(const OptionalTensor& t) { return given(t) ? *t : at::Tensor(); }
 
-// Unit stride in the last dimension, where a stride of 0 would not do.
-at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  const at::Tensor dense = with_dense_rows(tensor);
-  return dense.defined() && dense.size(-1) > 1 && dense.stride(-1) != 1 ? dense.contiguous() : dense;
-}
-
 int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "tiles.h"
+
 namespace torch_gated_attn::cuda {
 namespace {
 
@@ -79,6 +81,21 @@ std::string why_general(const Problem& p) {
   return "";
 }
 
+// Size of the last batch dimension that is one.
+int64_t innermost_batch(const Problem& p) {
+  int d = kMaxBatchDims - 1;
+  while (d > 0 && p.batch[d] == 1) {
+    --d;
+  }
+  return p.batch[d];
+}
+
+// Sharing the bias pays if the last group of batch rows is not mostly empty. The rows of a slab are one batch dimension.
+bool sharing_pays(const Problem& p, int head_dim) {
+  const int64_t rows = p.rows > 1 ? innermost_batch(p) : 1, group = forward_group(head_dim);
+  return group > 1 && rows > 1 && (rows + group - 1) / group * group * 3 <= rows * 4;
+}
+
 int compiled_head_dim(int64_t dim) {
   for (const int width : {16, 32, 48, 64, 96, 128}) {
     if (dim <= width) {
@@ -89,6 +106,14 @@ int compiled_head_dim(int64_t dim) {
 }
 
 }  // namespace
+
+const char* name(const Choice& choice) {
+  switch (choice.kernel) {
+    case Kernel::kTensorCore: return choice.access == BiasAccess::kGeneral ? "general tensor-core" : "tensor-core";
+    case Kernel::kPlain: return "plain";
+    default: return "composite";
+  }
+}
 
 Choice choose_forward(const Problem& problem, int arch) {
   Choice choice;
@@ -124,7 +149,7 @@ Choice choose_forward(const Problem& problem, int arch) {
     return choice;
   }
   choice.access = problem.bias_dtype == DType::kFloat32 ? BiasAccess::kFloat : BiasAccess::kHalf;
-  choice.share_bias = problem.rows > 1;
+  choice.share_bias = sharing_pays(problem, choice.head_dim);
   choice.reason = choice.share_bias ? "the tensor-core kernel that shares the bias between batch rows"
                                     : "the tensor-core kernel with a bias per batch row";
   return choice;

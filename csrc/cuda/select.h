@@ -21,6 +21,9 @@ struct Choice {
   std::string reason;         // one sentence for explain() and warnings
 };
 
+// For explain(): "tensor-core", "general tensor-core", "plain" or "composite".
+const char* name(const Choice& choice);
+
 // Largest head_dim the fused kernels are compiled for.
 constexpr int64_t kMaxHeadDim = 128;
 

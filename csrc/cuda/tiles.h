@@ -33,12 +33,15 @@ struct Tile {
   static constexpr uint32_t kTileBytes = kBlock * kRowBytes;
 };
 
+// Batch rows that share the bias in a block of the forward.
+constexpr int forward_group(int head_dim) { return head_dim <= 16 ? 4 : head_dim <= 32 ? 3 : head_dim <= 64 ? 2 : 1; }
+
 // Forward. Without spills at head_dim <= 64 (benchmarks/sass_report.py holds the budgets): registers, not shared memory,
 // limit kGroup and kRowTiles. `kShareBias`: several batch rows per block.
 template <DType kType, int kHeadDim, BiasAccess kBias, bool kShareBias>
 struct ForwardShape {
   static constexpr bool kGeneral = kBias == BiasAccess::kGeneral;
-  static constexpr int kGroup = !kShareBias ? 1 : kHeadDim <= 16 ? 4 : kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kGroup = kShareBias ? forward_group(kHeadDim) : 1;
   static constexpr int kRowTiles = kGeneral || kHeadDim > 32 || kShareBias ? 1 : 2;
   static constexpr int kBlock = kHeadDim <= 64 && !kGeneral ? 64 : 32;
   static constexpr int kWarps = kGroup >= 3 ? 8 : 4;

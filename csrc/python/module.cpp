@@ -3,8 +3,10 @@
 // The extension module _C. Loading it registers the operators; what Python can ask it are facts of the build, never
 // tensors.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../cpu/dispatch.h"
+#include "explain.h"
 
 // Passed by setup.py: torch/version.h lacks the local part of the version (+cpu, +cu130).
 #ifndef TORCH_GATED_ATTN_TORCH_VERSION
@@ -50,4 +52,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_capabilities") = cpu_capabilities();
   m.def("cpu_capability", &torch_gated_attn::cpu_capability,
         "The instruction set this process uses: the best of the machine, or TORCH_GATED_ATTN_CPU_CAPABILITY.");
+  m.def(
+      "explain",
+      [](std::array<std::optional<torch_gated_attn::Layout>, 6> tensors, std::optional<double> scale,
+         std::string masked_rows, std::array<bool, 5> grad_mask, std::optional<int> arch) {
+        return torch_gated_attn::explain({std::move(tensors), scale, std::move(masked_rows), grad_mask}, arch);
+      },
+      "Kernel, reason and details of a call whose tensors have these layouts; arch None: on the CPU.");
 }
