@@ -118,6 +118,12 @@ TORCH_LIBRARY_IMPL(torch_gated_attn, CompositeImplicitAutograd, m) {
   m.impl("gated_attention_with_lse", TORCH_FN(torch_gated_attn::gated_attention_with_lse_implicit));
 }
 
+// The key above does not cover vmap, whose fallback would call the public ops once per mapped index.
+TORCH_LIBRARY_IMPL(torch_gated_attn, FuncTorchBatchedDecomposition, m) {
+  m.impl("gated_attention", TORCH_FN(torch_gated_attn::gated_attention_implicit));
+  m.impl("gated_attention_with_lse", TORCH_FN(torch_gated_attn::gated_attention_with_lse_implicit));
+}
+
 #ifndef TORCH_GATED_ATTN_WITH_CUDA
 TORCH_LIBRARY_IMPL(torch_gated_attn, CUDA, m) {
   m.impl("_gated_attention_forward", torch::CppFunction::makeFromBoxedFunction<&torch_gated_attn::refuse_cuda>());
