@@ -54,7 +54,9 @@ def compare(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert results.keys() == expected.keys()
     for name, value in expected.items():
         assert value.any(), name
-        torch.testing.assert_close(results[name], value.flatten(), rtol=1e-6, atol=1e-8, msg=name)
+        torch.testing.assert_close(
+            results[name], value.flatten(), rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def expected_of_train(module: GatedAttention, q_data: Tensor, bias: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -32,4 +32,6 @@ def test_two_processes_equal_one(results, scenario):
         assert results[rank][scenario].keys() == expected.keys()
         for name, value in expected.items():
             assert not torch.equal(value, start[name].expand_as(value)), f"{name} was not trained: nothing was compared"
-            torch.testing.assert_close(results[rank][scenario][name], value, rtol=1e-9, atol=1e-11, msg=name)
+            torch.testing.assert_close(
+                results[rank][scenario][name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+            )

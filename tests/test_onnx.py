@@ -73,7 +73,9 @@ def test_operator(case, tmp_path):
     inputs = draw_case(case)
     tensors = [x for x in inputs.tensors if x is not None]
     call = Call(inputs)
-    program = torch.onnx.export(call, tuple(tensors), dynamo=True, verbose=False, custom_translation_table=TRANSLATION_TABLE)
+    program = torch.onnx.export(
+        call, tuple(tensors), dynamo=True, verbose=False, custom_translation_table=TRANSLATION_TABLE
+    )
     results = execute(session(program, str(tmp_path / "call.onnx")), tensors)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[inputs.query.dtype]
     for result, expected in zip(results, call(*tensors), strict=True):

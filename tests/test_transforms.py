@@ -149,7 +149,9 @@ def test_forward_mode_values(device, only):
                 for name, x, t in zip(DIFFERENTIABLE, inputs.tensors[:5], tangents, strict=True)
             ]
             unpacked = [torch.autograd.forward_ad.unpack_dual(x) for x in function(*duals, inputs.mask)]
-            results.append([(primal.clone(), tangent if tangent is None else tangent.clone()) for primal, tangent in unpacked])
+            results.append(
+                [(primal.clone(), tangent if tangent is None else tangent.clone()) for primal, tangent in unpacked]
+            )
     assert results[1][0][1].any()
     for ours, theirs in zip(*results, strict=True):
         for a, b in zip(ours, theirs, strict=True):
