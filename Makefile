@@ -45,7 +45,7 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy torch_gated_attn
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,7 +57,7 @@ $(TORCH): | $(BIN)/python
 
 # mypy reads torch's types, so the linters share the environment.
 $(TOOLS): pyproject.toml $(TORCH)
-	$(BIN)/pip install 'setuptools>=77.0.3' ninja 'cmake>=3.18' pytest numpy hypothesis matplotlib ruff mypy clang-format
+	$(BIN)/pip install 'setuptools>=77.0.3' ninja 'cmake>=3.18' pytest numpy hypothesis onnx onnxscript onnxruntime matplotlib ruff mypy clang-format
 	touch $@
 
 $(BUILT): $(SOURCES) $(TOOLS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What each process of test_distributed.py runs, and the same in one process. Float64, so that only a real difference shows."""
+"""What each process of test_distributed.py runs, and the same in one process; float64, lest rounding hide a difference."""
 
 from __future__ import annotations
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import ROOT, blocks, makes_package, run_example
 from torch import Tensor
 
 from torch_gated_attn import GatedAttention, gated_attention, gated_attention_with_lse
 
-ROOT = Path(__file__).resolve().parents[1]
 # Kept between runs: compiling the library takes minutes, ninja or make redo what has changed.
 LIBRARY_BUILD = ROOT / "build" / f"cpp-test-torch-{torch.__version__}"
 LEARNING_RATE = 0.1
@@ -82,6 +82,7 @@ def expected_of_train(module: GatedAttention, q_data: Tensor, bias: Tensor, mask
 
 @pytest.mark.parametrize("how", ["script", "trace"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")  # the module's checks of its arguments
 def test_cpp_program_trains_as_python_does(programs: Path, tmp_path: Path, how: str) -> None:
     module = GatedAttention(8, 2, zero_init=False, q_bias=True)
     q_data, bias, mask = torch.randn(3, 5, 8), torch.randn(2, 5, 5), torch.rand(3, 1, 5) > 0.3
@@ -99,36 +100,34 @@ def test_programs_need_no_python(programs: Path) -> None:
         assert "libtorch_gated_attn.so" in libraries
 
 
-def module_and_arguments(batch: int = 3, length: int = 7) -> tuple[GatedAttention, Tensor, dict[str, Tensor]]:
-    module = GatedAttention(16, 4, zero_init=False)
+def draw_arguments(batch: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
     mask = torch.rand(batch, 1, length) > 0.3
     mask[..., 0] = True
-    return module, torch.randn(batch, length, 16), {"mask": mask, "bias": torch.randn(4, length, length)}
+    return torch.randn(batch, length, 16), {"mask": mask, "bias": torch.randn(4, length, length)}
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[GatedAttention, Path]:
-    """A module and its AOTInductor package, for any batch and length."""
-    module, q_data, arguments = module_and_arguments()
-    module = module.eval().requires_grad_(False)
-    batch, length = (torch.export.Dim(name, min=2, max=4096) for name in ("batch", "length"))
-    dynamic = {"q_data": {0: batch, 1: length}, "mask": {0: batch, 2: length}, "bias": {1: length, 2: length}}
-    program = torch.export.export(module, (q_data,), arguments, dynamic_shapes=dynamic)
-    path = tmp_path_factory.mktemp("package") / "attention.pt2"
-    return module, Path(torch._inductor.aoti_compile_and_package(program, package_path=str(path)))
+    """The module and the package, for any batch and length, of the example in docs/pytorch.md."""
+    (example,) = filter(makes_package, blocks("docs/pytorch.md"))
+    folder = tmp_path_factory.mktemp("package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        module = run_example("docs/pytorch.md", example)["module"]
+    return module, folder / "attention.pt2"
 
 
 def test_package_in_python(package: tuple[GatedAttention, Path]) -> None:
     module, path = package
     loaded = torch._inductor.aoti_load_package(str(path))
     for batch, length in ((3, 7), (5, 40)):
-        _, q_data, arguments = module_and_arguments(batch, length)
+        q_data, arguments = draw_arguments(batch, length)
         torch.testing.assert_close(loaded(q_data, **arguments), module(q_data, **arguments), rtol=1e-6, atol=1e-6)
 
 
 def test_package_in_cpp(package: tuple[GatedAttention, Path], programs: Path, tmp_path: Path) -> None:
     module, path = package
-    _, q_data, arguments = module_and_arguments(5, 12)
+    q_data, arguments = draw_arguments(5, 12)
     torch.save([q_data, *arguments.values()], tmp_path / "inputs.pt")
     results = printed(run(programs / "serve", path, tmp_path / "inputs.pt"))
     compare(results, {"result": module(q_data, **arguments)})
@@ -139,7 +138,7 @@ def test_package_with_other_strides(
 ) -> None:
     """Inductor's packages read any memory as that of the example, unless they are told to check."""
     monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
-    _, q_data, arguments = module_and_arguments()
+    q_data, arguments = draw_arguments(3, 7)
     torch.save([q_data.transpose(0, 1).contiguous().transpose(0, 1), *arguments.values()], tmp_path / "inputs.pt")
     with pytest.raises(AssertionError, match="stride"):
         run(programs / "serve", package[1], tmp_path / "inputs.pt")

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""torch.export programs and AOTInductor packages, for sizes other than those at export."""
+"""torch.export programs, for sizes other than those at export. test_deployment.py has AOTInductor packages."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from inputs import draw
 

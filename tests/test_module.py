@@ -235,6 +235,27 @@ def test_torchscript(device, case, tmp_path):
     assert torch.equal(loaded(inputs[0], inputs[1]), module(inputs[0], inputs[1]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")  # the module's checks of its arguments
+def test_torchscript_trace(device, tmp_path):
+    """A traced module takes other sizes than those it was traced with, and trains."""
+    module = make(device=device, **CASES["widths that differ"])
+    q_data, m_data, mask, bias = data(module, device)
+    torch.jit.trace(module, (q_data, m_data, mask, bias)).save(str(tmp_path / "module.pt"))
+    loaded = torch.jit.load(str(tmp_path / "module.pt"))
+    shorter = q_data[:1, :, :4], m_data[:1, :, :5], mask[:1, ..., :5], bias[:1, ..., :4, :5]
+    for inputs in ((q_data, m_data, mask, bias), shorter):
+        results = loaded(*inputs), module(*inputs)
+        assert torch.equal(*results)
+        grads, expected = (
+            torch.autograd.grad(result.square().sum(), list(source.parameters()))
+            for result, source in zip(results, (loaded, module), strict=True)
+        )
+        for grad, expected_grad in zip(grads, expected, strict=True):
+            assert expected_grad.any()
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
 def test_copies(device):
     module = make(device=device, **CASES["widths that differ"])
     inputs = data(module, device)

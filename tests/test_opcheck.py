@@ -47,7 +47,7 @@ def test_opcheck_compares_strides():
         library.impl("copy", lambda x: x.new_empty(x.shape), "Meta")
         copy = torch.ops.torch_gated_attn_test.copy
         torch.library.opcheck(copy, (torch.randn(3, 4),), test_utils="test_faketensor")
-        with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError, match="[Ss]tride"):
+        with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError, match=r"[Ss]tride"):
             torch.library.opcheck(copy, (torch.randn(3, 4).T,), test_utils="test_faketensor")
 
 
@@ -117,7 +117,8 @@ def test_a_process_that_only_loaded_the_library_compiles_and_exports():
 
         compiled = torch.compile(Call(), fullgraph=True, dynamic=True, backend="aot_eager")
         dim = torch.export.Dim.AUTO
-        exported = torch.export.export(Call(), tuple(arguments(3, 9)), dynamic_shapes=[{{0: dim, 2: dim}}] * 2 + [{{1: dim, 2: dim}}])
+        dynamic = {{0: dim, 2: dim}}, {{0: dim, 2: dim}}, {{1: dim, 2: dim}}
+        exported = torch.export.export(Call(), tuple(arguments(3, 9)), dynamic_shapes=dynamic)
         for sizes in ((3, 9), (5, 20)):
             x = arguments(*sizes)
             expected = Call()(*x)
@@ -129,7 +130,7 @@ def test_a_process_that_only_loaded_the_library_compiles_and_exports():
                 assert torch.equal(a, b) and a.any()
         assert "torch_gated_attn" not in sys.modules
         print("done")
-    """  # noqa: E501
+    """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.stdout.strip() == "done", done.stderr

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 def test_public_names():
     assert sorted(torch_gated_attn.__all__) == [
         "GatedAttention",
+        "OPS_TO_SAVE",
         "__version__",
         "gated_attention",
         "gated_attention_with_lse",
@@ -60,12 +64,48 @@ torch_gated_attn.GatedAttention(8, 2)(x)
     assert "torch_gated_attn" not in done.stderr
 
 
-def test_library_of_another_torch():
-    message = _load._explain(ImportError("undefined symbol: _ZN3c10"))
-    assert message == (
-        f"torch_gated_attn was built with torch {_C.torch_version} and cannot be loaded into torch {torch.__version__} "
-        "(undefined symbol: _ZN3c10); rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in its "
-        "source directory"
+def import_patched(folder: Path, **patches: bytes) -> str:
+    """The last line of what importing a copy says whose library has some bytes replaced by as many others."""
+    copy = folder / "torch_gated_attn"
+    shutil.copytree(Path(torch_gated_attn.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    library = copy / Path(_C.__file__).name
+    content = library.read_bytes()
+    for old, new in patches.items():
+        assert len(old) == len(new)
+        assert old.encode() in content
+        content = content.replace(old.encode(), new)
+    library.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch_gated_attn"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+    )
+    assert done.returncode == 1
+    return done.stderr.strip().splitlines()[-1]
+
+
+REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source directory"
+
+
+def test_library_of_another_torch(tmp_path):
+    """As after a change of torch: a function that the library calls is not there."""
+    said = import_patched(tmp_path, findSchemaOrThrow=b"findSchemaOrThrew")
+    built, running, rebuild = map(re.escape, (_C.torch_version, torch.__version__, REBUILD))
+    assert re.fullmatch(
+        rf"ImportError: torch_gated_attn was built with torch {built} and cannot be loaded into torch {running} "
+        rf"\(.*undefined symbol: \w*findSchemaOrThrew\w*\); {rebuild}",
+        said,
+    ), said
+
+
+def test_library_of_another_torch_that_loads(tmp_path):
+    older = "9" * len(_C.torch_version)
+    said = import_patched(tmp_path, **{_C.torch_version: older.encode()})
+    assert said == (
+        f"ImportError: torch_gated_attn was built with torch {older} and cannot be loaded into torch {torch.__version__} "
+        f"(minor versions of PyTorch are not binary compatible); {REBUILD}"
     )
 
 

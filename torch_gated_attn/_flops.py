@@ -23,7 +23,8 @@ def _forward(query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any 
 
 
 def _backward(grad_out: Any, grad_lse: Any, query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    d_query, d_key, d_value, _, d_bias = args[-1]
+    grad_mask: list[bool] = args[-1]
+    d_query, d_key, d_value, _, d_bias = grad_mask
     d_logits = d_query or d_key or d_bias
     by_head_dim = (d_logits or d_value) + d_query + d_key  # the logits are computed again
     by_value_dim = d_logits + d_value

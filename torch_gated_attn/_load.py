@@ -20,9 +20,16 @@ def load() -> None:
     if hasattr(torch.ops.torch_gated_attn, "gated_attention"):
         return
     try:
-        from . import _C  # noqa: F401
+        from . import _C
     except ImportError as error:
         raise ImportError(_explain(error)) from error
+    # It may load all the same: not every change of PyTorch's C++ classes changes the name of a function.
+    if _minor_version(_C.torch_version) != _minor_version(torch.__version__):
+        raise ImportError(_mismatch(_C.torch_version, "minor versions of PyTorch are not binary compatible"))
+
+
+def _minor_version(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 def _explain(error: ImportError) -> str:
@@ -31,8 +38,11 @@ def _explain(error: ImportError) -> str:
         return f"torch_gated_attn was not built: its extension module _C is missing; {_REBUILD}"
     # The library cannot be loaded, so what it was built with is read from the text that it carries for this purpose.
     built = re.search(rb"torch_gated_attn built with torch ([\w.+]+)", Path(spec.origin).read_bytes())
-    version = built.group(1).decode() if built else "an unknown version"
+    return _mismatch(built.group(1).decode() if built else "an unknown version", error)
+
+
+def _mismatch(built: str, why: object) -> str:
     return (
-        f"torch_gated_attn was built with torch {version} and cannot be loaded into torch {torch.__version__} "
-        f"({error}); {_REBUILD}"
+        f"torch_gated_attn was built with torch {built} and cannot be loaded into torch {torch.__version__} ({why}); "
+        f"{_REBUILD}"
     )

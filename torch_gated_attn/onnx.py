@@ -72,7 +72,10 @@ def _attend(
         scale = head_dim**-0.5 if head_dim > 0 else 1.0
 
     *batch, rows, last = range(len(query.shape))
-    number = lambda x: op.Constant(value=ir.tensor(x, dtype=wide))  # noqa: E731  # Python's would be float32
+
+    def number(x: float) -> Any:  # in the type of the others: Python's own would be float32
+        return op.Constant(value=ir.tensor(x, dtype=wide))
+
     query = op.Cast(query, to=wide)
     key, value = (op.Cast(_repeat_heads(x, heads), to=wide) for x in (key, value))
     logits = op.Mul(op.MatMul(query, op.Transpose(key, perm=[*batch, last, rows])), number(scale))  # [*, H, Q, K]
