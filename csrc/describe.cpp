@@ -119,19 +119,19 @@ Problem describe(const Operands& o, std::optional<double> scale, c10::string_vie
   return p;
 }
 
-at::Tensor with_dense_rows(const at::Tensor& tensor) {
+namespace {
+at::Tensor with_rows(const at::Tensor& tensor, bool may_broadcast) {
   if (!tensor.defined() || tensor.dim() == 0) return tensor;
-  const bool dense = tensor.size(-1) <= 1 || tensor.stride(-1) == 1 || tensor.stride(-1) == 0;
-  if (dense) return tensor;
+  const int64_t last = tensor.dim() - 1, stride = tensor.stride(last);
+  if (tensor.size(last) <= 1 || stride == 1 || (stride == 0 && may_broadcast)) return tensor;
   at::Tensor distinct = tensor;
-  for (int64_t d = 0; d < tensor.dim(); ++d)
+  for (int64_t d = 0; d < last; ++d)
     if (tensor.stride(d) == 0 && tensor.size(d) > 1) distinct = distinct.narrow(d, 0, 1);
-  return distinct.contiguous();
+  return distinct.contiguous().expand(tensor.sizes());
 }
+}  // namespace
 
-at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  const at::Tensor dense = with_dense_rows(tensor);
-  return dense.defined() && dense.size(-1) > 1 && dense.stride(-1) != 1 ? dense.contiguous() : dense;
-}
+at::Tensor with_dense_rows(const at::Tensor& tensor) { return with_rows(tensor, /*may_broadcast=*/true); }
+at::Tensor with_contiguous_rows(const at::Tensor& tensor) { return with_rows(tensor, /*may_broadcast=*/false); }
 
 }  // namespace torch_gated_attn

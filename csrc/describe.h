@@ -18,7 +18,7 @@ struct Operands {
 Problem describe(const Operands& operands, std::optional<double> scale, c10::string_view masked_rows);
 
 // `tensor` with unit stride in its last dimension (or a broadcast one, stride 0): itself, or a dense copy of its distinct
-// elements, whose expanded dimensions have size 1. Undefined stays undefined.
+// elements, expanded to its shape. Undefined stays undefined.
 at::Tensor with_dense_rows(const at::Tensor& tensor);
 // The same with unit stride only.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor);

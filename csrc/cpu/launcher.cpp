@@ -51,10 +51,15 @@ void run_units(int64_t units, int64_t scratch_bytes, const F& f) {
   });
 }
 
+// Positions, heads of a group and dimensions are 32-bit in the kernels, and padded.
 void check_limits(const Problem& p) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - 64;  // positions are 32-bit, and padded
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - 64;
   TORCH_CHECK_VALUE(p.q_len <= kMax && p.k_len <= kMax, "query and key must have at most ", kMax, " positions, but have ",
                     p.q_len, " and ", p.k_len);
+  TORCH_CHECK_VALUE(p.head_dim <= kMax && p.value_dim <= kMax, "query and value must have at most ", kMax,
+                    " as their last dimension, but have ", p.head_dim, " and ", p.value_dim);
+  TORCH_CHECK_VALUE(p.heads / p.kv_heads <= kMax, "query must have at most ", kMax, " heads per head of key, but has ",
+                    p.heads / p.kv_heads);
 }
 
 // The kernels read a bias of the query's dtype, or float32 beside 16-bit types.
@@ -77,11 +82,11 @@ ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const 
     return result;
   }
   Operands o;
-  o.query = with_dense_rows(query), o.key = with_dense_rows(key), o.value = with_dense_rows(value);
+  o.query = with_contiguous_rows(query), o.key = with_contiguous_rows(key), o.value = with_contiguous_rows(value);
   o.gate = with_dense_rows(tensor_of(gate)), o.bias = readable_bias(bias, query), o.mask = tensor_of(mask);
   o.lse = lse, o.row_max = row_max, o.row_sum = row_sum;
   // Kernels store rows of dimensions; a result whose head_dim is not innermost is copied into place.
-  o.out = with_dense_rows(out);
+  o.out = with_contiguous_rows(out);
   const Problem p = describe(o, scale, masked_rows);
   check_limits(p);
 
@@ -113,13 +118,13 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
     return result;
   }
   Operands o;
-  o.query = with_dense_rows(query), o.key = with_dense_rows(key), o.value = with_dense_rows(value);
+  o.query = with_contiguous_rows(query), o.key = with_contiguous_rows(key), o.value = with_contiguous_rows(value);
   o.gate = with_dense_rows(tensor_of(gate)), o.bias = readable_bias(bias, query), o.mask = tensor_of(mask);
-  o.out = with_dense_rows(out), o.row_max = row_max.contiguous(), o.row_sum = row_sum.contiguous();
-  o.grad_out = with_dense_rows(tensor_of(grad_out));
-  if (o.grad_out.defined() && o.grad_out.size(-1) > 1 && o.grad_out.stride(-1) == 0) o.grad_out = o.grad_out.contiguous();
+  o.out = with_contiguous_rows(out), o.row_max = row_max.contiguous(), o.row_sum = row_sum.contiguous();
+  o.grad_out = with_contiguous_rows(tensor_of(grad_out));
   o.grad_lse = tensor_of(grad_lse);
-  o.d_query = with_dense_rows(d_query), o.d_key = with_dense_rows(d_key), o.d_value = with_dense_rows(d_value);
+  o.d_query = with_contiguous_rows(d_query), o.d_key = with_contiguous_rows(d_key),
+  o.d_value = with_contiguous_rows(d_value);
   // A gate that is broadcast otherwise than over the head's dimensions gets its gradient from a full one.
   const bool sum_gate = d_gate.defined() && !per_query(d_gate, out);
   o.d_gate = sum_gate ? at::empty(out.sizes(), out.options()) : with_dense_rows(d_gate);

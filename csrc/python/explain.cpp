@@ -42,12 +42,12 @@ Problem problem_of(const CallLayout& call, at::Tensor (*prepare)(const at::Tenso
   std::array<at::Tensor, 6> given_tensors, read;
   for (size_t i = 0; i < read.size(); ++i) {
     const at::Tensor meta = given_tensors[i] = on_meta(call.tensors[i]);
-    const at::Tensor prepared = i < 3 ? prepare(meta) : i == 3 ? with_dense_rows(meta) : meta;
+    const at::Tensor prepared = i < 3 ? with_contiguous_rows(meta) : i == 3 ? with_dense_rows(meta) : meta;
     const bool same = !meta.defined() || prepared.is_same(meta);
     read[i] = stand_in(prepared, meta.defined() && same ? std::get<3>(*call.tensors[i]) : kAllocated);
   }
   const auto& [query, key, value, gate, bias, mask] = given_tensors;
-  const auto allocated = [&](const at::Tensor& meta) { return stand_in(prepare(meta), kAllocated); };
+  const auto allocated = [&](const at::Tensor& meta) { return stand_in(with_contiguous_rows(meta), kAllocated); };
   const auto [out, lse, row_max, row_sum] = empty_forward<int64_t>(query, value);
   Operands o;
   o.query = read[0], o.key = read[1], o.value = read[2], o.gate = read[3], o.bias = read[4], o.mask = read[5];
@@ -80,11 +80,11 @@ const char* name_of(cuda::BiasAccess access) {
 Explanation explain(const CallLayout& call, std::optional<int> arch) {
   const bool backward = std::any_of(call.grad_mask.begin(), call.grad_mask.end(), [](bool wanted) { return wanted; });
   if (!arch) {
-    const Problem problem = problem_of(call, with_dense_rows);
+    const Problem problem = problem_of(call);
     const CpuChoice choice = choose_cpu(problem);
     return {choice.kernel, choice.reason, {{"instruction_set", cpu_capability()}}};
   }
-  const Problem problem = problem_of(call, with_contiguous_rows);
+  const Problem problem = problem_of(call);
   const cuda::Choice choice = backward ? cuda::choose_backward(problem, *arch) : cuda::choose_forward(problem, *arch);
   std::map<std::string, std::string> details;
   if (choice.kernel != cuda::Kernel::kComposite) details["compiled_head_dim"] = std::to_string(choice.head_dim);
