@@ -174,18 +174,18 @@ class FewQueriesBackward {
   // Gradients of one batch entry's keys and values, summed over its queries.
   struct KeyValueGradients {
     int64_t k_stride, v_stride;
-    A *d_k, *d_v, *d_o, *q;  // [k_len][stride] twice, [value_dim], [head_dim]
+    A *d_k, *d_v, *d_o, *q;  // [k_len][stride] twice, null if not wanted, [value_dim], [head_dim]
 
     KeyValueGradients(const Problem& p, Carver& c)
         : k_stride((p.head_dim + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
           v_stride((p.value_dim + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
-          d_k(c.take<A>(p.k_len * k_stride)),
-          d_v(c.take<A>(p.k_len * v_stride)),
+          d_k(p.d_key.data ? c.take<A>(p.k_len * k_stride) : nullptr),
+          d_v(p.d_value.data ? c.take<A>(p.k_len * v_stride) : nullptr),
           d_o(c.take<A>(v_stride)),
           q(c.take<A>(k_stride)) {}
     void clear(const Problem& p) {
-      __builtin_memset(d_k, 0, sizeof(A) * p.k_len * k_stride);
-      __builtin_memset(d_v, 0, sizeof(A) * p.k_len * v_stride);
+      if (d_k) __builtin_memset(d_k, 0, sizeof(A) * p.k_len * k_stride);
+      if (d_v) __builtin_memset(d_v, 0, sizeof(A) * p.k_len * v_stride);
     }
     void write(const Problem& p, const Offsets& batch, int64_t kv_head) const {
       write_rows(d_k, k_stride, p.head_dim, p.k_len, at<T>(p.d_key, batch.d_key, kv_head), p.d_key);
@@ -222,6 +222,7 @@ class FewQueriesBackward {
     }
     add_query_and_key(keys, at<const T>(p_.query, batch.query, head) + lane.offset(p_.query),
                       p_.d_query.data ? at<T>(p_.d_query, batch.d_query, head) + lane.offset(p_.d_query) : nullptr);
+    if (!rows_.d_v) return;
     for (int64_t d = 0; d < p_.value_dim; d += kLanes<A>)
       for (int i = 0; i < scores_.count; ++i) {
         A* row = rows_.d_v + scores_.key[i] * rows_.v_stride + d;
@@ -262,8 +263,9 @@ class FewQueriesBackward {
       Vec<A> d_q{};
       for (int i = 0; i < scores_.count; ++i) {
         const Vec<A> ds = set1<A>(d_scores_[i]);
-        A* row = rows_.d_k + scores_.key[i] * rows_.k_stride + d;
         d_q = fma(ds, load_n(keys + scores_.key[i] * p_.key.row + d, n), d_q);
+        if (!rows_.d_k) continue;
+        A* row = rows_.d_k + scores_.key[i] * rows_.k_stride + d;
         store(row, fma(ds, q, load(row)));
       }
       if (d_query) store_n(d_query + d, d_q * scale, n);
