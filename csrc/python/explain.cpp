@@ -37,8 +37,8 @@ at::Tensor stand_in(const at::Tensor& meta, int64_t address) {
       at::TensorOptions().dtype(meta.scalar_type()).device(at::kCPU));
 }
 
-// The operands as the launchers hand them to the kernels, `prepare` being their copy of what is not laid out for that.
-Problem problem_of(const CallLayout& call, at::Tensor (*prepare)(const at::Tensor&)) {
+// The operands as the launchers hand them to the kernels.
+Problem problem_of(const CallLayout& call) {
   std::array<at::Tensor, 6> given_tensors, read;
   for (size_t i = 0; i < read.size(); ++i) {
     const at::Tensor meta = given_tensors[i] = on_meta(call.tensors[i]);

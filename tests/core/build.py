@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compiles the torch-free core with driver.cpp, once per content, with one sanitizer or another."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+X86 = platform.machine() in ("x86_64", "AMD64")
+SETS = ("default", "avx2", "avx512", "avx512_bf16") if X86 else ("default",)
+FLAGS = ("-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-pthread")
+
+
+def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc: Path = CSRC) -> Path:
+    """Path of the driver with the kernels of these instruction sets."""
+    sources = [*(csrc / "cpu" / f"{name}.cpp" for name in sets), HERE / "driver.cpp", HERE / "call.cpp"]
+    digest = hashlib.sha256(" ".join([compiler, *flags, *sets]).encode())
+    for path in sorted([*(csrc / "cpu").glob("*.*"), csrc / "problem.h", *HERE.glob("*.*")]):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.read_bytes())
+    out = Path(tempfile.gettempdir()) / f"torch_gated_attn_core_{os.getuid()}" / digest.hexdigest()[:16]
+    program = out / "driver"
+    if program.exists():
+        return program
+    out.mkdir(parents=True, exist_ok=True)
+    defines = [f"-DWITH_{name.upper()}" for name in sets]
+
+    def compile_one(source: Path) -> Path:
+        target = out / f"{source.stem}_{os.getpid()}.o"
+        # immintrin.h of GCC 12 warns of itself; the driver's own warnings are errors.
+        own = ["-Werror"] if source.parent == HERE else ["-w"]
+        command = [compiler, *FLAGS, *flags, *own, *defines, "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compile_one, sources))
+    partial = out / f"driver_{os.getpid()}"
+    subprocess.run([compiler, *flags, "-pthread", *map(str, objects), "-o", str(partial)], check=True)
+    partial.rename(program)
+    return program

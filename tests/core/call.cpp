@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "call.h"
+
+#include <cmath>
+
+namespace core_test {
+namespace {
+
+Sizes with(Sizes batch, int64_t heads, int64_t rows, int64_t cols) {
+  batch.heads = heads, batch.rows = rows, batch.cols = cols;
+  return batch;
+}
+
+void fill(Tensor& t, Numbers& numbers) {
+  for_each(t.sizes, [&](const int64_t* b, int64_t h, int64_t r, int64_t c) {
+    put(t.type, t.view.data, t.offset(b, h, r, c), numbers.next());
+  });
+}
+
+// Broadcast over a drawn subset of the dimensions.
+Sizes broadcast(Sizes s, Bytes& bytes) {
+  for (int64_t& n : s.batch)
+    if (bytes.flip()) n = 1;
+  for (int64_t* n : {&s.heads, &s.rows, &s.cols})
+    if (bytes.below(3) == 0) *n = 1;
+  return s;
+}
+
+}  // namespace
+
+Call::Call(Bytes& bytes, int64_t largest) {
+  p.dtype = static_cast<DType>(bytes.below(4));
+  p.kv_heads = 1 + bytes.below(2);
+  p.heads = p.kv_heads * (1 + bytes.below(3));
+  p.q_len = 1 + bytes.below(bytes.flip() ? 5 : largest);
+  p.k_len = 1 + bytes.below(largest);
+  p.head_dim = bytes.below(bytes.flip() ? 9 : largest);
+  p.value_dim = bytes.below(bytes.flip() ? 9 : largest);
+  p.scale = p.head_dim == 0 ? 0 : 1 / std::sqrt(static_cast<double>(p.head_dim));
+  p.mean_rows = bytes.flip();
+  Sizes batch{};
+  for (int d = 0; d < torch_gated_attn::kMaxBatchDims; ++d) batch.batch[d] = p.batch[d] = 1 + bytes.below(d == 3 ? 4 : 2);
+  Numbers numbers(static_cast<uint64_t>(bytes.below(1 << 16)));
+
+  const size_t element = bytes_of(p.dtype);
+  query = make(p.dtype, element, with(batch, p.heads, p.q_len, p.head_dim), bytes, false);
+  key = make(p.dtype, element, with(batch, p.kv_heads, p.k_len, p.head_dim), bytes, false);
+  value = make(p.dtype, element, with(batch, p.kv_heads, p.k_len, p.value_dim), bytes, false);
+  for (Tensor* t : {&query, &key, &value}) fill(*t, numbers);
+  draw_optional(bytes, numbers, batch);
+
+  out = make(p.dtype, element, with(batch, p.heads, p.q_len, p.value_dim), bytes, false);
+  const DType sum = sum_type(p.dtype);
+  for (Tensor* t : {&lse, &row_max, &row_sum}) *t = make(sum, bytes_of(sum), with(batch, p.heads, p.q_len, 1), bytes, true);
+  if (bytes.below(8) != 0) {
+    grad_out = make(p.dtype, element, out.sizes, bytes, false);
+    fill(grad_out, numbers);
+  }
+  if (bytes.flip()) {
+    grad_lse = make(sum, bytes_of(sum), lse.sizes, bytes, false);
+    fill(grad_lse, numbers);
+  }
+  draw_gradients(bytes, batch);
+  p.query = query.view, p.key = key.view, p.value = value.view, p.gate = gate.view, p.bias = bias.view;
+  p.mask = mask.view, p.out = out.view, p.lse = lse.view, p.row_max = row_max.view, p.row_sum = row_sum.view;
+}
+
+// gate, bias and mask; the batch dimensions over which the bias is broadcast come last and are the rows that share it.
+void Call::draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch) {
+  if (bytes.below(4) != 0) {
+    const Sizes full = with(batch, p.heads, p.q_len, p.value_dim);
+    Sizes s = bytes.flip() ? full : bytes.flip() ? with(batch, p.heads, p.q_len, 1) : broadcast(full, bytes);
+    gate = make(p.dtype, bytes_of(p.dtype), s, bytes, false);
+    fill(gate, numbers);
+  }
+  int outer_dims = 0;
+  if (bytes.below(4) != 0) {
+    Sizes s = broadcast(with(batch, p.heads, p.q_len, p.k_len), bytes);
+    outer_dims = static_cast<int>(bytes.below(torch_gated_attn::kMaxBatchDims + 1));
+    for (int d = 0; d < torch_gated_attn::kMaxBatchDims; ++d) s.batch[d] = d < outer_dims ? batch.batch[d] : 1;
+    p.bias_dtype = bytes_of(p.dtype) == 2 && bytes.flip() ? DType::kFloat32 : p.dtype;
+    bias = make(p.bias_dtype, bytes_of(p.bias_dtype), s, bytes, false);
+    fill(bias, numbers);
+  } else {
+    p.bias_dtype = p.dtype;
+  }
+  for (int d = 0; d < torch_gated_attn::kMaxBatchDims; ++d) (d < outer_dims ? p.outer : p.rows) *= p.batch[d];
+  if (bytes.below(4) != 0) {
+    Sizes s = broadcast(with(batch, p.heads, p.q_len, p.k_len), bytes);
+    mask = make(DType::kFloat32, 1, s, bytes, false);  // one byte each; the type says nothing
+    const int64_t attended = bytes.below(4);           // of four keys
+    for_each(s, [&](const int64_t* b, int64_t h, int64_t r, int64_t c) {
+      static_cast<uint8_t*>(mask.view.data)[mask.offset(b, h, r, c)] = numbers.next() * 2 + 2 < static_cast<double>(attended);
+    });
+    for (int d = outer_dims; d < torch_gated_attn::kMaxBatchDims; ++d) p.mask_varies_by_row |= mask.view.batch[d] != 0;
+  }
+}
+
+void Call::draw_gradients(Bytes& bytes, const Sizes& batch) {
+  const size_t element = bytes_of(p.dtype);
+  if (bytes.below(4) != 0) d_query = make(p.dtype, element, query.sizes, bytes, false);
+  if (bytes.below(4) != 0) d_key = make(p.dtype, element, key.sizes, bytes, false);
+  if (bytes.below(4) != 0) d_value = make(p.dtype, element, value.sizes, bytes, false);
+  if (gate && bytes.below(4) != 0) {
+    // As the launcher: a gate that is broadcast otherwise than over the head's dimensions gets a full gradient.
+    Sizes s = gate.sizes, full = out.sizes;
+    bool per_query = s.heads == full.heads && s.rows == full.rows;
+    for (int d = 0; d < torch_gated_attn::kMaxBatchDims; ++d) per_query &= s.batch[d] == full.batch[d];
+    d_gate = make(p.dtype, element, per_query ? s : full, bytes, false);
+  }
+  if (bias && bytes.below(4) != 0) {
+    // One slice per group of rows, and per key/value head where heads share a bias, is cut from the outermost dimension.
+    const DType sum = sum_type(p.dtype);
+    d_bias = make(sum, bytes_of(sum), bias.sizes, bytes, true);
+    bias_heads_shared = bias.sizes.heads == 1;
+  }
+  (void)batch;
+}
+
+}  // namespace core_test

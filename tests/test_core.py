@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CPU kernels without PyTorch: random calls beside protected pages, under sanitizers, valgrind and threads of their own.
+
+TORCH_GATED_ATTN_FUZZ_CALLS=N draws N calls instead of a few hundred; TORCH_GATED_ATTN_FUZZ_SEED is the first one's seed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from core.build import SETS, build
+
+COMPILER = os.environ.get("CXX", "g++")
+SEED = int(os.environ.get("TORCH_GATED_ATTN_FUZZ_SEED", "1"))
+CALLS = os.environ.get("TORCH_GATED_ATTN_FUZZ_CALLS")
+ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+THREAD = ("-O1", "-fsanitize=thread")
+PLAIN = ("-O1",)
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"the core is compiled here, but {COMPILER} is missing")
+
+
+def sanitizer_is_missing(flags: Sequence[str], folder: Path) -> bool:
+    source = folder / "empty.cpp"
+    source.write_text("int main() { return 0; }\n")
+    command = [COMPILER, *flags, str(source), "-o", str(folder / "empty")]
+    return subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+def run(command: Sequence[object], calls: int, **environment: str) -> None:
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=900 if CALLS is None else None,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, f"exit code {done.returncode}; the call's own line stands above the report:\n{done.stderr[-6000:]}"
+    assert f"{calls} calls" in done.stdout
+
+
+def calls_or(few: int) -> int:
+    return few if CALLS is None else int(CALLS)
+
+
+@pytest.mark.parametrize("capability", SETS)
+def test_random_calls_beside_protected_pages(capability):
+    """Every input and output touches a protected page; outputs are NaN first, their gaps and the inputs stay as they were."""
+    calls = calls_or(300)
+    run([build(COMPILER, PLAIN), capability, SEED, calls, 1], calls)
+
+
+@pytest.mark.parametrize("capability", SETS)
+def test_address_and_undefined_behaviour_sanitizers(capability, tmp_path):
+    if sanitizer_is_missing(ADDRESS, tmp_path):
+        pytest.skip(f"{COMPILER} has no address sanitizer")
+    calls = calls_or(60)
+    run([build(COMPILER, ADDRESS), capability, SEED + 10_000, calls, 1], calls, ASAN_OPTIONS="detect_leaks=0")
+
+
+def test_thread_sanitizer(tmp_path):
+    """Eight threads of the test's own; the bits are those of one thread."""
+    if sanitizer_is_missing(THREAD, tmp_path):
+        pytest.skip(f"{COMPILER} has no thread sanitizer")
+    calls = calls_or(40)
+    # Its shadow memory wants the addresses where they were before kernels drew them from a wider range.
+    prefix = ["setarch", "-R"] if shutil.which("setarch") else []
+    capability = SETS[min(1, len(SETS) - 1)]
+    run([*prefix, build(COMPILER, THREAD, (capability,)), capability, SEED + 20_000, calls, 8], calls)
+
+
+@pytest.mark.parametrize("capability", SETS)
+def test_threads_give_the_same_bits(capability):
+    calls = calls_or(60)
+    run([build(COMPILER, PLAIN), capability, SEED + 30_000, calls, 4], calls)
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is missing")
+@pytest.mark.parametrize("capability", SETS[:2])  # valgrind does not know AVX-512
+def test_valgrind_finds_no_uninitialised_read(capability):
+    command = ["valgrind", "--quiet", "--error-exitcode=9", build(COMPILER, PLAIN), capability, SEED + 40_000, 12, 1, 12]
+    run(command, 12)
