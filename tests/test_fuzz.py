@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -109,6 +110,7 @@ def check(case: dict[str, object]) -> None:
     if not {"query", "key", "bias"} & {name for name in wrt if getattr(inputs, name) is not None}:
         inputs = inputs.replace(grad_lse=None)  # lse has no gradient then
     judge = Judge()
+    judge.few_elements = math.inf  # an example is sought in which REF is right by luck
     results = judge.compare("", inputs, wrt)
     judge.verdict()
     dense = inputs.map(Tensor.contiguous)

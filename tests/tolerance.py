@@ -57,6 +57,7 @@ class Judge:
         median_ratio: float = MEDIAN_RATIO,
     ) -> None:
         self.operator, self.median_ratio = operator, median_ratio
+        self.few_elements: float = FEW_ELEMENTS
         self.failures: list[str] = []
         self.ratios: list[float] = []
         self.compared = 0
@@ -98,7 +99,7 @@ class Judge:
             self.failures.append(
                 f"{label}: largest error {largest(out_error):.3g} > {factor} * {largest(ref_error):.3g} + {unit:.3g}"
             )
-        few = true.numel() < FEW_ELEMENTS or inputs.key.size(-2) < FEW_KEYS
+        few = true.numel() < self.few_elements or inputs.key.size(-2) < FEW_KEYS
         luck = few or rms(true[~infinite]) <= unit
         rms_bound = rms(ref_error) + (unit if luck else 0.0) if half else 2 * rms(ref_error) + unit
         if not rms(out_error) <= rms_bound:

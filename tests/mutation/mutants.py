@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Deliberate errors, each one piece of the library's text replaced. 1 to 25 are those every suite for fused attention should
+kill; those after them are aimed at the SIMD code and at the launcher of this library."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    number: int
+    name: str
+    file: str  # relative to csrc
+    right: str
+    wrong: str
+    capability: str = "avx2"  # the instruction set whose kernels are compiled anew, if the file is a kernel's
+
+
+NEEDS_GPU = {22: "launch on the default stream", 23: "no device guard"}
+
+MUTANTS = [
+    Mutant(1, "query times key ignored", "cpu/forward_block.h", "      add_dot<A, A, NQ>(s, k + i, q, head_dim);\n", ""),
+    Mutant(
+        2,
+        "last key tile dropped",
+        "cpu/forward_unit.h",
+        "for (int first = 0; first < keys_.padded; first += kTileKeys) {",
+        "for (int first = 0; first < keys_.padded - (keys_.padded > kTileKeys ? kTileKeys : 0); first += kTileKeys) {",
+    ),
+    Mutant(3, "one key past the end", "cpu/keys.h", "for (int32_t j = 0; j < p.k_len; ++j) {", "for (int32_t j = 0; j <= p.k_len; ++j) {"),
+    Mutant(
+        4,
+        "accumulator not rescaled",
+        "cpu/forward_block.h",
+        "store(o + d * kBlock + u * W, load(o + d * kBlock + u * W) * factor);",
+        "(void)d;",
+    ),
+    Mutant(5, "sum not rescaled", "cpu/forward_block.h", "store(sum + u * W, load(sum + u * W) * factor);", ""),
+    Mutant(
+        6,
+        "scale applied twice",
+        "cpu/forward_unit.h",
+        "static_cast<A>(p_.scale * kLog2E),\n                               q + u",
+        "static_cast<A>(p_.scale * p_.scale * kLog2E),\n                               q + u",
+    ),
+    Mutant(
+        7,
+        "rows and columns of the bias swapped",
+        "cpu/table.h",
+        "transpose_rows<B, A>(bias, p.bias, lane + u",
+        "transpose_rows<B, A>(bias, View{p.bias.data, {}, p.bias.head, p.bias.col, p.bias.row}, lane + u",
+    ),
+    Mutant(8, "batch stride of the bias 0", "cpu/lanes.h", "bias = offset(p.bias),", "bias = 0,"),
+    Mutant(
+        9,
+        "bias gradient: the last writer wins",
+        "cpu/backward_unit.h",
+        "add ? load_n(dst + k, n) + r[i] : r[i]",
+        "(void(add), r[i])",
+    ),
+    Mutant(
+        10,
+        "bias gradient misses one row",
+        "cpu/backward_unit.h",
+        "for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);",
+        "for (int64_t r = w.row_begin; r < w.row_end; ++r) {\n"
+        "        if (p_.d_bias.data && r == w.row_begin + 1)\n"
+        "          __builtin_memset(d_table_, 0, sizeof(A) * lanes_.padded / kBlock * table_.stride);\n"
+        "        run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);\n"
+        "      }",
+    ),
+    Mutant(
+        11,
+        "gate derivative g instead of g (1 - g)",
+        "cpu/backward_unit.h",
+        "store_n(d_gate + lane.offset(p_.d_gate) + d, dyy * g.complement, n);",
+        "store_n(d_gate + lane.offset(p_.d_gate) + d, dyy, n);",
+    ),
+    Mutant(
+        12,
+        "gate gradient as if the result were ungated",
+        "cpu/backward_unit.h",
+        "store_n(d_gate + lane.offset(p_.d_gate) + d, dyy * g.complement, n);",
+        "store_n(d_gate + lane.offset(p_.d_gate) + d, dyy * g.complement * g.value, n);",
+    ),
+    Mutant(
+        13,
+        "delta of the gated gradient",
+        "cpu/backward_unit.h",
+        "delta += dyy;",
+        "delta += d_o * load_n(out + lane.offset(p_.out) + d, n);",
+    ),
+    Mutant(
+        14,
+        "fully masked rows give NaN",
+        "cpu/forward_unit.h",
+        "Vec<A> factor = dead ? Vec<A>{} : one / l;",
+        "Vec<A> factor = one / l;",
+    ),
+    Mutant(
+        15,
+        "gradients of fully masked rows are garbage",
+        "cpu/backward_unit.h",
+        "i < lanes_.count && sum != 0 ? 1 / sum : 0;",
+        "i < lanes_.count ? 1 / sum : 0;",
+    ),
+    Mutant(
+        16,
+        "values with the strides of keys",
+        "cpu/keys.h",
+        "    } else {\n      rows(v_base, p.value, p.value_dim, packed_v_, v);",
+        "    } else {\n      rows(v_base, p.key, p.value_dim, packed_v_, v);",
+    ),
+    Mutant(
+        17,
+        "grad_out taken for laid out as out",
+        "cpu/backward_unit.h",
+        "load_n(grad_out + lane.offset(p_.grad_out) + d, n)",
+        "load_n(grad_out + lane.offset(p_.out) + d, n)",
+    ),
+    Mutant(
+        18,
+        "32-bit offsets",
+        "cpu/lanes.h",
+        "{ return head * v.head + row * v.row; }",
+        "{ return static_cast<int32_t>(head * v.head + row * v.row); }",
+    ),
+    Mutant(
+        19,
+        "float16 accumulation",
+        "cpu/micro.h",
+        "store(acc + j * stride + n * W, c[j][n]);",
+        "{\n    if constexpr (sizeof(A) == 4) c[j][n] = widen(narrow(c[j][n], Float16{}), Float16{});\n"
+        "    store(acc + j * stride + n * W, c[j][n]);\n  }",
+    ),
+    Mutant(
+        20,
+        "key and value gradients of the first head of a group only",
+        "cpu/backward_unit.h",
+        "queries_(p.heads / p.kv_heads * p.q_len),",
+        "queries_(p.q_len),",
+    ),
+    Mutant(
+        21,
+        "last row of the query gradient unwritten",
+        "cpu/lanes.h",
+        "for (int i = 0; i < W && i < lanes; ++i) store_n(base + lane[i].offset(v) + j, r[i], n);",
+        "for (int i = 0; i < W && i + (lanes < W) < lanes; ++i) store_n(base + lane[i].offset(v) + j, r[i], n);",
+    ),
+    Mutant(24, "mask inverted", "cpu/keys.h", "n += !mask || mask[", "n += !mask || !mask["),
+    Mutant(
+        25,
+        "sigmoid by an approximated tanh",
+        "cpu/vector_math.h",
+        "  const VecBits<A> below = x < Vec<A>{};\n",
+        "  const VecBits<A> below = x < Vec<A>{};\n"
+        "  const Vec<A> half = x * set1<A>(A(0.5)), square = half * half;\n"
+        "  const Vec<A> tanh = half * (set1<A>(27) + square) / (set1<A>(27) + set1<A>(9) * square);\n"
+        "  if (sizeof(A)) return {set1<A>(A(0.5)) * (one + tanh), set1<A>(A(0.5)) * (one - tanh)};\n",
+    ),
+    Mutant(26, "pairs: the odd last dimension not zeroed", "cpu/keys.h", "if (dim % 2) dst[dim / 2] = 0;", "", "avx512_bf16"),
+    Mutant(
+        27,
+        "pairs: two vectors of lanes swapped",
+        "cpu/pairs.h",
+        "_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);",
+        "_mm512_cvtne2ps_pbh((__m512)x[0], (__m512)x[1]);",
+        "avx512_bf16",
+    ),
+    Mutant(
+        28,
+        "exp2 not clamped below",
+        "cpu/vector_math.h",
+        "  x = max(set1<A>(kSmallestExponent<A>), x);  // this order keeps NaN\n",
+        "",
+    ),
+    Mutant(
+        29,
+        "bfloat16 results truncated",
+        "cpu/element.h",
+        "const VecI rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+        "const VecI rounded = bits >> 16;",
+    ),
+    Mutant(
+        30,
+        "few queries: sign of the gradient of lse",
+        "cpu/few_queries.h",
+        "delta -= grad_lse[lane.offset(p_.grad_lse)];",
+        "delta += grad_lse[lane.offset(p_.grad_lse)];",
+    ),
+    Mutant(
+        31,
+        "interleaved rows: one of two lanes lost",
+        "cpu/backward_unit.h",
+        "acc[i * stride + d] = acc[i * stride + 2 * d] + acc[i * stride + 2 * d + 1];",
+        "acc[i * stride + d] = acc[i * stride + 2 * d];",
+        "avx512",
+    ),
+    Mutant(
+        32,
+        "a row's bits depend on its neighbours",
+        "cpu/forward_block.h",
+        "highest[u] > before ? highest[u] + set1<A>(kHeadroom) : before;",
+        "highest[u] + set1<A>(kHeadroom) > before ? highest[u] + set1<A>(kHeadroom) : before;",
+    ),
+    Mutant(33, "a copy of an expanded input loses its sizes", "describe.cpp", ".contiguous().expand(tensor.sizes())", ".contiguous()"),
+    Mutant(
+        34,
+        "empty calls reach the kernels",
+        "cpu/launcher.cpp",
+        "  if (lse.numel() == 0) return result;\n",
+        "",
+    ),
+    Mutant(
+        35,
+        "rows of stride 0 taken for dense ones",
+        "describe.cpp",
+        "(stride == 0 && may_broadcast)",
+        "(stride == 0 && (may_broadcast || true))",
+    ),
+]
