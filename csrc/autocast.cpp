@@ -24,15 +24,25 @@ ForwardResult forward_autocast(const at::Tensor& query, const at::Tensor& key, c
   return forward(cast(query), cast(key), cast(value), cast(gate), low_bias, mask, scale, masked_rows);
 }
 
+template <c10::DispatchKey kKey, c10::DeviceType kDevice>
+at::Tensor gate_output_autocast(const at::Tensor& out, const at::Tensor& gate) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
+  if (out.scalar_type() == at::kDouble) return gate_output(out, gate);
+  const auto target = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
+  return gate_output(at::autocast::cached_cast(target, out, kDevice), at::autocast::cached_cast(target, gate, kDevice));
+}
+
 }  // namespace
 }  // namespace torch_gated_attn
 
 TORCH_LIBRARY_IMPL(torch_gated_attn, AutocastCPU, m) {
-  using torch_gated_attn::forward_autocast;
+  using namespace torch_gated_attn;
   m.impl("_gated_attention_forward", TORCH_FN((forward_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>)));
+  m.impl("gate_output", TORCH_FN((gate_output_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>)));
 }
 
 TORCH_LIBRARY_IMPL(torch_gated_attn, AutocastCUDA, m) {
-  using torch_gated_attn::forward_autocast;
+  using namespace torch_gated_attn;
   m.impl("_gated_attention_forward", TORCH_FN((forward_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>)));
+  m.impl("gate_output", TORCH_FN((gate_output_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>)));
 }

@@ -4,11 +4,11 @@
 // backward; wherever a torch::autograd::Function cannot follow (torch.func transforms, forward-mode AD, a backward that is
 // itself differentiated) the call becomes the composite formula.
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "recording.h"
 
 namespace torch_gated_attn {
 namespace {
@@ -58,27 +58,6 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
     return result;
   }
 };
-
-bool in_functorch_transform() {
-  using c10::DispatchKey;
-  return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode);
-}
-
-bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
-bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
-bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-bool requires_grad(const OptionalTensor& tensor) { return tensor && requires_grad(*tensor); }
-
-template <class... Tensors>
-bool needs_composite(const Tensors&... tensors) {
-  return in_functorch_transform() || (has_tangent(tensors) || ...);
-}
-
-template <class... Tensors>
-bool recorded(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
-}
 
 ForwardResult forward_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,

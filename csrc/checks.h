@@ -144,4 +144,26 @@ void check_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_l
   check_row("row_sum", row_sum);
 }
 
+template <typename S>
+void check_gate_output(const at::Tensor& out, const at::Tensor& gate) {
+  check_strided("out", out);
+  check_strided("gate", gate);
+  const auto dtype = out.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "out must be float32, float64, bfloat16 or float16, but is ", dtype_name(dtype));
+  check_dtype("gate", gate, "out's dtype", dtype);
+  TORCH_CHECK(gate.device() == out.device(), "gate must be on out's device ", out.device(), ", but is on ", gate.device());
+  const auto sizes = at::symint::sizes<S>(out);
+  check_broadcastable<S>("gate", gate, "out's shape", Sizes<S>(sizes.begin(), sizes.end()));
+}
+
+template <typename S>
+void check_gate_output_backward(const at::Tensor& grad, const at::Tensor& out, const at::Tensor& gate) {
+  check_gate_output<S>(out, gate);
+  check_strided("grad", grad);
+  check_dtype("grad", grad, "out's dtype", out.scalar_type());
+  const auto sizes = at::symint::sizes<S>(out);
+  check_shape<S>("grad", grad, "of out", Sizes<S>(sizes.begin(), sizes.end()));
+}
+
 }  // namespace torch_gated_attn

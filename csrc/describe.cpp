@@ -39,15 +39,6 @@ bool mergeable(const std::vector<Walk>& walks, const std::vector<int64_t>& sizes
   return true;
 }
 
-DType kernel_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble: return DType::kFloat64;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
 void merge_batch(std::vector<Walk>& walks, const at::Tensor& query, Problem& p) {
   const int64_t batch_dims = query.dim() - 3;
   const auto by_bias = [&](size_t d) {  // whether the bias or its gradient has this dimension
@@ -91,6 +82,15 @@ void merge_batch(std::vector<Walk>& walks, const at::Tensor& query, Problem& p) 
 }
 
 }  // namespace
+
+DType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return DType::kFloat32;
+  }
+}
 
 Problem describe(const Operands& o, std::optional<double> scale, c10::string_view masked_rows) {
   Problem p;

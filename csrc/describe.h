@@ -14,6 +14,8 @@ struct Operands {
   at::Tensor grad_out, grad_lse, d_query, d_key, d_value, d_gate, d_bias;
 };
 
+DType kernel_dtype(at::ScalarType dtype);
+
 // Merges batch dimensions and orders them so that those the bias (and d_bias) does not vary over come last.
 Problem describe(const Operands& operands, std::optional<double> scale, c10::string_view masked_rows);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Schemas, the calls into the dispatcher, and the public ops over the functional ones. Schemas are append-only: exported
-// programs hold all four.
+// programs hold them all.
 #include "gated_attention.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -78,6 +78,17 @@ Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_ls
                  grad_mask);
 }
 
+at::Tensor gate_output(const at::Tensor& out, const at::Tensor& gate) {
+  static const auto op = find_op<decltype(gate_output)>("torch_gated_attn::gate_output");
+  return op.call(out, gate);
+}
+
+std::tuple<at::Tensor, at::Tensor> gate_output_backward(const at::Tensor& grad, const at::Tensor& out,
+                                                        const at::Tensor& gate, std::array<bool, 2> grad_mask) {
+  static const auto op = find_op<decltype(gate_output_backward)>("torch_gated_attn::_gate_output_backward");
+  return op.call(grad, out, gate, grad_mask);
+}
+
 #ifndef TORCH_GATED_ATTN_WITH_CUDA
 namespace {
 
@@ -111,6 +122,8 @@ TORCH_LIBRARY(torch_gated_attn, m) {
       "Tensor? bias, Tensor? mask, Tensor out, Tensor row_max, Tensor row_sum, float? scale, str masked_rows, "
       "bool[5] grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
+  m.def("gate_output(Tensor out, Tensor gate) -> Tensor", tags);
+  m.def("_gate_output_backward(Tensor grad, Tensor out, Tensor gate, bool[2] grad_mask) -> (Tensor, Tensor)", tags);
 }
 
 TORCH_LIBRARY_IMPL(torch_gated_attn, CompositeImplicitAutograd, m) {

@@ -43,6 +43,12 @@ TORCH_GATED_ATTN_API std::tuple<at::Tensor, at::Tensor> gated_attention_with_lse
     const OptionalTensor& bias = {}, const OptionalTensor& mask = {}, std::optional<double> scale = {},
     c10::string_view masked_rows = "zero");
 
+// out * sigmoid(gate), for the result of another attention: gate is broadcastable to out. One pass over memory, forward and
+// backward.
+TORCH_GATED_ATTN_API at::Tensor gate_output(const at::Tensor& out, const at::Tensor& gate);
+std::tuple<at::Tensor, at::Tensor> gate_output_backward(const at::Tensor& grad, const at::Tensor& out,
+                                                        const at::Tensor& gate, std::array<bool, 2> grad_mask);
+
 // The functional ops that carry the work. row_max and row_sum [*, H, Q] are private residuals of the backward: a shift m
 // within a few units of the row's largest logit, in units of log2, and sum_j 2^(s_ij * log2(e) - m); lse follows from them.
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // out, lse, row_max, row_sum

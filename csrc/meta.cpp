@@ -24,10 +24,23 @@ Gradients backward_meta(const OptionalTensor& grad_out, const OptionalTensor& gr
   return empty_gradients<c10::SymInt>(query, key, value, gate, bias, grad_mask);
 }
 
+at::Tensor gate_output_meta(const at::Tensor& out, const at::Tensor& gate) {
+  check_gate_output<c10::SymInt>(out, gate);
+  return empty_in_order_of<c10::SymInt>(out, out.sym_sizes());
+}
+
+std::tuple<at::Tensor, at::Tensor> gate_output_backward_meta(const at::Tensor& grad, const at::Tensor& out,
+                                                             const at::Tensor& gate, std::array<bool, 2> grad_mask) {
+  check_gate_output_backward<c10::SymInt>(grad, out, gate);
+  return empty_gate_gradients<c10::SymInt>(out, gate, grad_mask);
+}
+
 }  // namespace
 }  // namespace torch_gated_attn
 
 TORCH_LIBRARY_IMPL(torch_gated_attn, Meta, m) {
   m.impl("_gated_attention_forward", TORCH_FN(torch_gated_attn::forward_meta));
   m.impl("_gated_attention_backward", TORCH_FN(torch_gated_attn::backward_meta));
+  m.impl("gate_output", TORCH_FN(torch_gated_attn::gate_output_meta));
+  m.impl("_gate_output_backward", TORCH_FN(torch_gated_attn::gate_output_backward_meta));
 }

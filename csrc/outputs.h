@@ -101,4 +101,14 @@ Gradients empty_gradients(const at::Tensor& query, const at::Tensor& key, const 
   return {like(grad_mask[0], query), like(grad_mask[1], key), like(grad_mask[2], value), d_gate, d_bias};
 }
 
+// Both gradients of gate_output, each like its input.
+template <typename S>
+std::tuple<at::Tensor, at::Tensor> empty_gate_gradients(const at::Tensor& out, const at::Tensor& gate,
+                                                        std::array<bool, 2> grad_mask) {
+  const auto like = [](bool wanted, const at::Tensor& input) {
+    return wanted ? empty_in_order_of<S>(input, at::symint::sizes<S>(input)) : at::Tensor();
+  };
+  return {like(grad_mask[0], out), like(grad_mask[1], gate)};
+}
+
 }  // namespace torch_gated_attn

@@ -25,6 +25,7 @@ def test_public_names():
         "GatedAttention",
         "OPS_TO_SAVE",
         "__version__",
+        "gate_output",
         "gated_attention",
         "gated_attention_with_lse",
         "reference",

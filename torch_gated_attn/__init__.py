@@ -11,7 +11,7 @@ import torch
 from . import _load, reference
 from ._version import __version__
 from .explain import Explanation, explain
-from .functional import gated_attention, gated_attention_with_lse
+from .functional import gate_output, gated_attention, gated_attention_with_lse
 from .module import GatedAttention
 
 _load.load()
@@ -31,6 +31,7 @@ __all__ = [
     "GatedAttention",
     "__version__",
     "explain",
+    "gate_output",
     "gated_attention",
     "gated_attention_with_lse",
     "reference",

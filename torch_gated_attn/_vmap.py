@@ -48,7 +48,24 @@ def _backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any
     return shaped, tuple(None if g is None else 0 for g in shaped)
 
 
+def _gate_output(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    rank = args[0].dim() + (in_dims[0] is None)
+    return _ops.gate_output(*(_lead(x, d, info.batch_size, rank) for x, d in zip(args, in_dims, strict=True))), 0
+
+
+def _gate_output_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    grad, out, gate, grad_mask = args
+    rank = out.dim() + (in_dims[1] is None)
+    lead = [_lead(x, d, info.batch_size, rank) for x, d in zip((grad, out, gate), in_dims, strict=False)]
+    d_out, d_gate = _ops._gate_output_backward(*lead, grad_mask)
+    unmapped = gate if in_dims[2] is None else gate.movedim(in_dims[2], 0)[0]
+    d_gate = None if d_gate is None else d_gate.reshape(info.batch_size, *unmapped.shape)
+    return (d_out, d_gate), tuple(None if x is None else 0 for x in (d_out, d_gate))
+
+
 def register() -> None:
-    """Register both rules; called once, when the package is imported."""
+    """Register the rules; called once, when the package is imported."""
     torch.library.register_vmap("torch_gated_attn::_gated_attention_forward", _forward)
     torch.library.register_vmap("torch_gated_attn::_gated_attention_backward", _backward)
+    torch.library.register_vmap("torch_gated_attn::gate_output", _gate_output)
+    torch.library.register_vmap("torch_gated_attn::_gate_output_backward", _gate_output_backward)

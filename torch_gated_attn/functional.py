@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-__all__ = ["gated_attention", "gated_attention_with_lse"]
+from . import _core
+from ._structure import both, check_structure, structure_mask
+
+__all__ = ["gate_output", "gated_attention", "gated_attention_with_lse"]
 
 
 def gated_attention(
@@ -19,6 +24,9 @@ def gated_attention(
     *,
     scale: float | None = None,
     masked_rows: str = "zero",
+    is_causal: bool = False,
+    window: int | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Attention with an additive bias, a mask and a sigmoid gate, differentiable, without a [Q, K] tensor in memory.
 
@@ -42,6 +50,9 @@ def gated_attention(
         scale: factor of the products; D ** -0.5 if None.
         masked_rows: result of a query that attends to no key (or only through logits of -inf): "zero", or "mean" for
             sigmoid(gate) times the mean of all values, which is what AlphaFold's additive -1e9 mask computes.
+        is_causal: query i attends to key j only if j <= K - Q + i: the last query stands at the last key.
+        window: of those, only to the last `window` keys, its own position included; needs `is_causal`.
+        key_lengths: [\*], int32 or int64, number of leading keys of each batch entry that exist; positions do not shift.
 
     Returns:
         [\*, H, Q, Dv] in query's dtype. Its dimensions lie in memory in the order of query's strides, so a
@@ -49,13 +60,41 @@ def gated_attention(
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: a shape does not fit, `masked_rows` is unknown, or more than four batch dimensions remain after
-            those that behave alike for every argument are merged.
+        ValueError: a shape does not fit, `masked_rows` is unknown, `window` comes without `is_causal`, or more than four
+            batch dimensions remain after those that behave alike for every argument are merged.
         RuntimeError: the arguments are on different devices, or on one that the library was not built for.
 
     Sums are float32 (float64 for float64) whatever the dtype. Results and gradients are the same bits for any number of
     threads. Gradients have the shape and dtype of their input; the mask has none.
+
+    Causal float32 calls on a CPU without another mask, and head_dims above 128 on a CUDA device, are computed by PyTorch's
+    ``scaled_dot_product_attention`` followed by :func:`gate_output` where it can do the same. For these the promises on
+    bits, memory order and NaN in hidden keys are PyTorch's, and gradients cannot be differentiated again;
+    ``torch.use_deterministic_algorithms(True)`` keeps to the operator.
     """
+    causal_only = False
+    if is_causal or window is not None or key_lengths is not None:
+        check_structure(query, is_causal, window, key_lengths)
+        queries, keys = query.size(-2), key.size(-2)
+        structure = partial(
+            structure_mask,
+            queries,
+            keys,
+            is_causal=is_causal,
+            window=window,
+            key_lengths=key_lengths,
+            device=query.device,
+        )
+        shown = mask is None and bias is None and key_lengths is None and (window is None or window >= keys)
+        causal_only = is_causal and shown and queries == keys
+        if not causal_only:
+            mask = both(mask, structure())
+    if causal_only or query.size(-1) > _core.WIDEST_FUSED:
+        core, _ = _core.choose(query, key, value, bias, mask, masked_rows=masked_rows, causal_only=causal_only)
+        if core == "sdpa":
+            return _core.sdpa(query, key, value, gate, bias, mask, scale, causal_only)
+    if causal_only:
+        mask = structure()
     out: Tensor = torch.ops.torch_gated_attn.gated_attention(
         query, key, value, gate, bias, mask, scale=scale, masked_rows=masked_rows
     )
@@ -87,3 +126,22 @@ def gated_attention_with_lse(
         query, key, value, gate, bias, mask, scale=scale, masked_rows=masked_rows
     )
     return out, lse
+
+
+def gate_output(out: Tensor, gate: Tensor) -> Tensor:
+    r"""out * sigmoid(gate), differentiable, in one pass over memory each way.
+
+    For attention that another library computed, such as a flash attention with head_dim 256:
+
+    .. math:: \mathrm{result} = \mathrm{out} \odot \sigma(\mathrm{gate})
+
+    Args:
+        out: any shape, float32, float64, bfloat16 or float16.
+        gate: raw logits in out's dtype, broadcastable to out; any strides, so half of a packed projection is read in place.
+
+    Returns:
+        As out, in its memory order. The sigmoid and the products are float32 (float64 for float64), rounded once. Gradients
+        have the shape of their input and keep nothing but `out` and `gate`.
+    """
+    result: Tensor = torch.ops.torch_gated_attn.gate_output(out, gate)
+    return result

@@ -16,7 +16,13 @@ namespace torch_gated_attn {
 namespace isa_avx2 {
 #include "kernels_impl.h"
 }  // namespace isa_avx2
-const CpuKernels kKernelsAvx2 = {
-    "avx2", isa_avx2::block, isa_avx2::forward_scratch, isa_avx2::forward, isa_avx2::backward_scratch, isa_avx2::backward};
+const CpuKernels kKernelsAvx2 = {"avx2",
+                                 isa_avx2::block,
+                                 isa_avx2::forward_scratch,
+                                 isa_avx2::forward,
+                                 isa_avx2::backward_scratch,
+                                 isa_avx2::backward,
+                                 isa_avx2::gate_output,
+                                 isa_avx2::gate_output_backward};
 }  // namespace torch_gated_attn
 #endif

@@ -16,5 +16,7 @@ const CpuKernels kKernelsDefault = {"default",
                                     isa_default::forward_scratch,
                                     isa_default::forward,
                                     isa_default::backward_scratch,
-                                    isa_default::backward};
+                                    isa_default::backward,
+                                    isa_default::gate_output,
+                                    isa_default::gate_output_backward};
 }  // namespace torch_gated_attn

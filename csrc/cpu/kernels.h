@@ -31,6 +31,9 @@ struct CpuKernels {
   void (*forward)(const Problem&, const ForwardUnitOfWork&, int max_lanes, char* scratch);
   int64_t (*backward_scratch)(const Problem&, int max_lanes, int64_t rows);
   void (*backward)(const Problem&, const BackwardUnitOfWork&, int max_lanes, int64_t rows, char* scratch);
+  // gate_output.h; data and byte strides of: result, out, gate - d_out, d_gate, grad, out, gate
+  void (*gate_output)(DType, char* const* data, const int64_t* strides, int64_t n);
+  void (*gate_output_backward)(DType, char* const* data, const int64_t* strides, int64_t n);
 };
 
 extern const CpuKernels kKernelsDefault, kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Bf16;

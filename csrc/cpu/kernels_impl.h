@@ -18,6 +18,7 @@
 #include "forward_unit.h"
 #include "backward_unit.h"
 #include "few_queries.h"
+#include "gate_output.h"
 
 // Two vectors of queries per sub-block; one where the call has no more queries than that.
 template <class A, class F>
@@ -26,16 +27,19 @@ static inline auto with_block(const Problem& p, F f) {
   return f(std::integral_constant<int, 2>{});
 }
 template <class F>
-static inline auto with_types(const Problem& p, F f) {
-  const auto with = [&](auto element, auto arithmetic) {
-    return with_block<decltype(arithmetic)>(p, [&](auto block) { return f(element, arithmetic, block); });
-  };
-  switch (p.dtype) {
-    case DType::kFloat64: return with(double{}, double{});
-    case DType::kBFloat16: return with(BFloat16{}, float{});
-    case DType::kFloat16: return with(Float16{}, float{});
-    default: return with(float{}, float{});
+static inline auto with_elements(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{}, double{});
+    case DType::kBFloat16: return f(BFloat16{}, float{});
+    case DType::kFloat16: return f(Float16{}, float{});
+    default: return f(float{}, float{});
   }
+}
+template <class F>
+static inline auto with_types(const Problem& p, F f) {
+  return with_elements(p.dtype, [&](auto element, auto arithmetic) {
+    return with_block<decltype(arithmetic)>(p, [&](auto block) { return f(element, arithmetic, block); });
+  });
 }
 
 static int block(const Problem& p) {
@@ -78,4 +82,10 @@ static void backward(const Problem& p, const BackwardUnitOfWork& work, int max_l
     else
       BackwardUnit<decltype(t), decltype(a), nq.value>(p, max_lanes, rows, c).run(work);
   });
+}
+static void gate_output(DType dtype, char* const* data, const int64_t* strides, int64_t n) {
+  with_elements(dtype, [&](auto t, auto a) { gate_elements<decltype(t), decltype(a)>(data, strides, n); });
+}
+static void gate_output_backward(DType dtype, char* const* data, const int64_t* strides, int64_t n) {
+  with_elements(dtype, [&](auto t, auto a) { gate_gradients<decltype(t), decltype(a)>(data, strides, n); });
 }
