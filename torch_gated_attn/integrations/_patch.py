@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Replacing attention in a live model.
+
+A replaced module keeps everything, its parameters, hooks and place in the model; only its class changes, to a subclass made
+here whose forward calls the operator. So `isinstance` still holds, `state_dict` is unchanged, `copy.deepcopy` and `pickle`
+give replaced modules (the pickle names the original class and this package), and `unpatch` gives the class back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .. import _C
+from ._adapter import Adapter
+from ._report import Module, Report
+
+__all__ = ["adapters", "patch", "patched", "unpatch"]
+
+_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}  # (original, adapter) -> replaced
+_originals: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def adapters() -> tuple[Adapter, ...]:
+    """Every known attention class."""
+    from . import boltz, esmfold, openfold, protenix, qwen
+
+    return (*openfold.ADAPTERS, *esmfold.ADAPTERS, *boltz.ADAPTERS, *protenix.ADAPTERS, *qwen.ADAPTERS)
+
+
+def patch(model: nn.Module, *, dry_run: bool = False) -> Report:
+    """Let the attention modules of `model` call the operator, weights untouched.
+
+    Modules are recognised by the interface of their class, see the files of this package. What is not understood keeps its
+    forward: whole modules with the reason in the report, single calls (an argument that selects something else) silently.
+    An additive mask is told by its place and shape; that it holds 0 and huge numbers only is verified on a CPU, not on a
+    CUDA device, where looking would stall the queue.
+
+    Args:
+        model: any module; modules inside it, and itself, are looked at.
+        dry_run: only report.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Rows with at least one attended key agree with the original to rounding. A row that attends to no key is finite: the
+    mean of the values for structure models, 0 for language models.
+    """
+    report = Report(dry_run=dry_run)
+    for path, module in model.named_modules():
+        adapter = next((a for a in adapters() if a.recognises(module)), None)
+        class_name = f"{type(module).__module__}.{type(module).__qualname__}"
+        if adapter is None:
+            if _looks_like_attention(module):
+                report.left.append(Module(path, class_name, "no adapter for this class"))
+            continue
+        why = "already replaced" if _is_patched(module) else adapter.objection(module) or _device_objection(module)
+        if why is not None:
+            report.left.append(Module(path, class_name, why))
+            continue
+        report.replaced.append(Module(path, class_name, adapter.name))
+        if not dry_run:
+            module.__class__ = _patched_class(type(module), adapter)
+    return report
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every replaced module of `model` its own class back; returns how many there were."""
+    return sum(_give_back_class(module) for module in model.modules())
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module) -> Iterator[Report]:
+    """`patch` for the duration of a with block; modules that were replaced before it stay so."""
+    report = patch(model)
+    try:
+        yield report
+    finally:
+        for module in report.replaced:
+            _give_back_class(model.get_submodule(module.path))
+
+
+def _is_patched(module: nn.Module) -> bool:
+    return type(module) in _originals
+
+
+def _give_back_class(module: nn.Module) -> bool:
+    found = _is_patched(module)
+    if found:
+        module.__class__ = _originals[type(module)]
+    return found
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """An attention of its own, not a block around one that has been looked at."""
+    if "Attention" not in type(module).__name__:
+        return False
+    return not any("Attention" in type(child).__name__ for child in module.modules() if child is not module)
+
+
+def _device_objection(module: nn.Module) -> str | None:
+    supported = {"cpu", "meta"} | ({"cuda"} if _C.cuda_version is not None else set())
+    others = {p.device.type for p in module.parameters()} - supported
+    return f"this build has no kernels for its device, {', '.join(sorted(others))}" if others else None
+
+
+def _patched_class(base: type[nn.Module], adapter: Adapter) -> type[nn.Module]:
+    """The subclass of `base` whose forward is the adapter's; one per class, so that modules of a kind stay of one type."""
+    key = (base, adapter.name)
+    if key not in _classes:
+        original = base.forward
+
+        @functools.wraps(original)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return adapter.forward(self, *args, **kwargs)
+
+        def extra_repr(self: nn.Module) -> str:
+            return ", ".join(filter(None, (base.extra_repr(self), "attention=torch_gated_attn")))
+
+        def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+            return _restore, (base, adapter.name), object.__reduce_ex__(self, 2)[2]
+
+        members = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "forward": forward,
+            "extra_repr": extra_repr,
+            "__reduce_ex__": reduce,
+            "_original_forward": original,
+        }
+        _classes[key] = type(base.__name__, (base,), members)
+        _originals[_classes[key]] = base
+    return _classes[key]
+
+
+def _restore(base: type[nn.Module], name: str) -> nn.Module:
+    """An empty replaced module; pickle and deepcopy fill in its state."""
+    cls = _patched_class(base, next(a for a in adapters() if a.name == name))
+    module: nn.Module = cls.__new__(cls)
+    return module
