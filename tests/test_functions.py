@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The signatures of other kernels, against their formulas in float64; and transformers' registry."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_gated_attn.integrations import functions
+
+B, N, H, L, D = 2, 5, 3, 7, 8
+
+
+def normal(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).requires_grad_(grad)
+
+
+def same(result: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
+    """Value and gradients agree, and no gradient vanishes."""
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-11)
+    cotangent = torch.randn_like(expected)
+    for ours, true in zip(*(torch.autograd.grad(x, leaves, cotangent) for x in (result, expected)), strict=True):
+        assert true.abs().max() > 1e-3
+        torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-10)
+
+
+def visible_keys(*shape: int) -> Tensor:
+    mask = torch.rand(shape) < 0.6
+    mask[..., 0] = True
+    return mask
+
+
+def test_evoformer_attention():
+    q, k, v = (normal(B, N, L, H, D) for _ in range(3))
+    visible, pair = visible_keys(B, N, 1, 1, L), normal(B, 1, H, L, L)
+    hidden = (visible.double() - 1) * 1e9
+
+    def expected(*terms: Tensor) -> Tensor:
+        logits = torch.einsum("bnqhd,bnkhd->bnhqk", q, k) * D**-0.5 + sum(terms)
+        return torch.einsum("bnhqk,bnkhd->bnqhd", logits.softmax(-1), v)
+
+    attention = functions.DS4Sci_EvoformerAttention
+    same(attention(q, k, v, [hidden, pair]), expected(hidden, pair), [q, k, v, pair])
+    same(attention(q, k, v, [hidden]), expected(hidden), [q, k, v])
+    same(attention(q, k, v, [None, pair]), expected(pair), [q, k, v, pair])
+    same(attention(q, k, v, []), expected(), [q, k, v])
+    soft = normal(B, N, 1, 1, L)
+    same(attention(q, k, v, [soft, pair]), expected(soft, pair), [q, k, v, soft, pair])
+    constant = soft.detach()  # not a mask: its numbers are small
+    same(attention(q, k, v, [constant, pair]), expected(constant, pair), [q, k, v, pair])
+    biases = [hidden, pair]
+    attention(q, k, v, biases)
+    assert len(biases) == 2
+    with pytest.raises(ValueError, match=r"^biases must hold at most 2 tensors, but holds 3$"):
+        attention(q, k, v, [hidden, pair, pair])
+
+
+def test_evoformer_attention_in_low_precision():
+    q, k, v = (torch.randn(B, N, L, H, D, dtype=torch.bfloat16) for _ in range(3))
+    pair = torch.randn(B, 1, H, L, L)
+    assert functions.DS4Sci_EvoformerAttention(q, k, v, [None, pair.half()]).dtype == torch.bfloat16
+    assert functions.DS4Sci_EvoformerAttention(q, k, v, [None, pair]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("batch", [(B,), ()])
+def test_triangle_attention_of_cuequivariance(batch):
+    q, k, v = (normal(*batch, N, H, L, D) for _ in range(3))
+    bias, visible = normal(*batch, 1, H, L, L), visible_keys(*batch, N, 1, 1, L)
+
+    def expected(mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        logits = torch.einsum("...qd,...kd->...qk", q, k) * scale + bias
+        logits = torch.where(mask, logits, -1e9)
+        return logits.softmax(-1) @ v, logits
+
+    everything = torch.ones_like(visible)
+    triangle = functions.triangle_attention
+    same(triangle(q, k, v, bias), expected(everything, D**-0.5)[0], [q, k, v, bias])
+    same(triangle(q, k, v, bias, visible, 0.3), expected(visible, 0.3)[0], [q, k, v, bias])
+    assert torch.equal(triangle(q, k, v, bias, visible.int()), triangle(q, k, v, bias, visible))
+
+    out, lse, largest = triangle(q, k, v, bias, visible, return_aux=True)
+    true, logits = expected(visible, D**-0.5)
+    torch.testing.assert_close(out, true)
+    torch.testing.assert_close(lse.float(), logits.logsumexp(-1).float())
+    torch.testing.assert_close(largest, logits.amax(-1).float())
+
+
+def test_key_lengths_of_cuequivariance():
+    q, k, v = (normal(B, N, H, L, D) for _ in range(3))
+    bias, lengths = normal(B, 1, H, L, L), torch.randint(1, L + 1, (B, N, 1, 1, 1), dtype=torch.int32)
+    triangle = functions.triangle_attention
+    mask = torch.arange(L) < lengths
+    assert torch.equal(triangle(q, k, v, bias, kv_lengths=lengths), triangle(q, k, v, bias, mask))
+    lengths[0, 2] = 0
+    out, lse, largest = triangle(q, k, v, bias, kv_lengths=lengths, return_aux=True)
+    for result in (out, lse, largest):
+        assert (result[0, 2] == 0).all()
+        assert (result[0, 1] != 0).all()
+    with pytest.raises(ValueError, match=r"^kv_lengths must be None where mask is given, but both are tensors$"):
+        triangle(q, k, v, bias, mask, kv_lengths=lengths)
+
+
+def test_triangle_attention_of_trifast():
+    q, k, v = (normal(B, H, L, L, D) for _ in range(3))
+    b, hidden = normal(B, H, L, L), ~visible_keys(B, L, L)
+    logits = torch.einsum("bhijd,bhikd->bhijk", q, k) * D**-0.5 + b[:, :, None]
+    logits = logits.masked_fill(hidden[:, None, :, None], -1e9)
+    expected = torch.einsum("bhijk,bhikd->bhijd", logits.softmax(-1), v)
+    same(functions.trifast_triangle_attention(q, k, v, b, hidden), expected, [q, k, v, b])
+    with pytest.raises(TypeError, match=r"^mask must be bool \(True = hidden\), but is torch.float32$"):
+        functions.trifast_triangle_attention(q, k, v, b, hidden.float())
+
+
+@pytest.mark.parametrize("case", ["none", "boolean", "additive", "not causal", "static cache", "decoding"])
+def test_attention_function_of_transformers(case):
+    """What transformers calls: grouped heads, its masks, and its rule when there is none."""
+    queries = 1 if case == "decoding" else L
+    q, k, v = normal(B, 4, queries, D), *(normal(B, 2, L + (case == "static cache") * 3, D) for _ in range(2))
+    causal = torch.ones(queries, L, dtype=torch.bool).tril()
+    mask = visible_keys(B, 1, 1, L) & causal
+    mask[:, :, :, 0] = True
+    given = {
+        "boolean": mask,
+        "additive": torch.zeros(mask.shape).double().masked_fill(~mask, torch.finfo(torch.float32).min),
+    }
+    module = SimpleNamespace(is_causal=case != "not causal")
+    out, weights = functions._transformers_attention(module, q, k, v, given.get(case), scaling=0.2)
+    keys, values = (x[:, :, :L].repeat_interleave(2, 1) for x in (k, v))
+    logits = q @ keys.mT * 0.2
+    if case in ("none", "static cache"):
+        logits = logits.masked_fill(~causal, -torch.inf)
+    elif case in given:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    same(out, (logits.softmax(-1) @ values).transpose(1, 2), [q, k, v])
+    assert weights is None
+
+
+def test_what_the_attention_function_of_transformers_refuses():
+    x = torch.ones(1, 1, 2, 8)
+    for name, value in {"dropout": 0.1, "softcap": 30.0, "position_bias": x, "s_aux": x}.items():
+        with pytest.raises(ValueError, match=rf"^{name} must be "):
+            functions._transformers_attention(SimpleNamespace(), x, x, x, None, **{name: value})
+
+
+def test_a_transformers_model_runs_on_it():
+    transformers = pytest.importorskip("transformers")
+    functions.register_transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens, mask = torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0  # padded on the left
+    results = []
+    for implementation in ("sdpa", "torch_gated_attn"):
+        model.set_attn_implementation(implementation)
+        results.append(model(tokens, attention_mask=mask).logits)
+    torch.testing.assert_close(results[0][mask.bool()], results[1][mask.bool()], rtol=1e-4, atol=1e-5)
+    model.generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False)
