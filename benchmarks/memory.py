@@ -17,7 +17,7 @@ from peers import paths
 from workloads import DTYPES, WORKLOADS, Workload, load, make_inputs
 
 _STATUS = Path("/proc/self/status")
-_RESET_PEAK = Path("/proc/self/clear_refs")  # "5" sets the peak to what is resident now, see proc(5)
+RESET_PEAK = Path("/proc/self/clear_refs")  # "5" sets the peak to what is resident now, see proc(5)
 
 
 def peak_resident_mib() -> float:
@@ -52,7 +52,7 @@ def main(path: str, name: str, dtype: str, threads: str, file: str) -> None:
     inputs = make_inputs(workload, DTYPES[dtype])
     # Threads, libraries and code pages first. Compiled code is made for one shape, so there the warm-up is the real step.
     forward_backward(run, inputs if path == "compile" else make_inputs(workload.cut(1), DTYPES[dtype]))
-    _RESET_PEAK.write_text("5")
+    RESET_PEAK.write_text("5")
     before = peak_resident_mib()
     forward_backward(run, inputs)
     print(peak_resident_mib() - before)
