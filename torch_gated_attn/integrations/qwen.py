@@ -49,37 +49,49 @@ def _covers(self: Any, mask: Any, kwargs: dict[str, Any]) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
 
 
+def _remember(
+    self: Any, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """All keys and values so far, by the cache if there is one; its argument's name and extras depend on the release."""
+    if kwargs.get("cache") is not None:  # transformers 5.24
+        others = {name: argument for name, argument in kwargs.items() if name != "cache"}
+        found: tuple[Tensor, Tensor] = kwargs["cache"].update(key, value, self.layer_idx, kwargs=others)
+    elif kwargs.get("past_key_values") is not None:  # 4.57
+        extras = {"cos": rotation[0], "sin": rotation[1], "cache_position": kwargs.get("cache_position")}
+        found = kwargs["past_key_values"].update(key, value, self.layer_idx, extras)
+    else:
+        found = (key, value)
+    return found
+
+
 def _forward(
     self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    cache: Any = None,
+    *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if not _covers(self, attention_mask, kwargs):
+    if args or not _covers(self, attention_mask, kwargs):
         original: tuple[Tensor, Tensor | None] = self._original_forward(
-            hidden_states, position_embeddings, attention_mask, cache, **kwargs
+            hidden_states, position_embeddings, attention_mask, *args, **kwargs
         )
         return original
-    if cache is None:
-        cache = kwargs.get("past_key_values")  # its name before transformers 5.24
     heads_last = (*hidden_states.shape[:-1], -1, self.head_dim)
     query, gate = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, 2 * self.head_dim).chunk(2, dim=-1)
     query = self.q_norm(query).transpose(1, 2)  # [B, H, Q, D]
     key = self.k_norm(self.k_proj(hidden_states).view(heads_last)).transpose(1, 2)
     value = self.v_proj(hidden_states).view(heads_last).transpose(1, 2)
     query, key = _rope(self)(query, key, *position_embeddings)
-    if cache is not None:
-        key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+    key, value = _remember(self, key, value, position_embeddings, kwargs)
 
     # As transformers: without a mask, "eager" attends to every key; "sdpa" is causal, and keys beyond the queries are the
     # empty slots of a static cache.
-    causal = attention_mask is None and query.size(2) > 1 and self.config._attn_implementation != "eager"
-    if causal and kwargs.get("is_causal", True):
+    causal = kwargs.get("is_causal")
+    causal = getattr(self, "is_causal", True) if causal is None else causal
+    causal = bool(causal) and attention_mask is None and query.size(2) > 1 and self.config._attn_implementation != "eager"
+    if causal:
         key, value = key[:, :, : query.size(2)], value[:, :, : query.size(2)]
-    else:
-        causal = False
     additive = attention_mask is not None and attention_mask.dtype != torch.bool
     out = gated_attention(
         query,
