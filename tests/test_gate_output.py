@@ -123,6 +123,24 @@ def test_vmap(device, in_dims):
     torch.testing.assert_close(grads(gate_output), grads(plain))
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, 0), (None, None, 2)])
+def test_vmap_of_the_backward(device, in_dims):
+    """Gradients have the shape of their input, also where the gate has fewer dimensions than out."""
+    tensors = [
+        draw(shape, torch.float64, device, seed) for seed, shape in enumerate(((3, 3, 3, 3), (3, 3, 3, 3), (3, 3, 3)))
+    ]
+    args = [x if d is not None else x[0] for x, d in zip(tensors, in_dims, strict=True)]
+
+    def backward(grad, out, gate):
+        return OPS._gate_output_backward(grad, out, gate, [True, True])
+
+    results = torch.vmap(backward, in_dims)(*args)
+    for i in range(3):
+        one = backward(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+        for result, expected in zip(results, one, strict=True):
+            torch.testing.assert_close(result[i], expected)
+
+
 def test_the_formula_that_runs_on_other_devices():
     key = torch._C.DispatchKey.CompositeExplicitAutograd
     out, gate = arguments("head", torch.float32, "cpu")
