@@ -22,9 +22,11 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_public_names():
     assert sorted(torch_gated_attn.__all__) == [
+        "Explanation",
         "GatedAttention",
         "OPS_TO_SAVE",
         "__version__",
+        "explain",
         "gate_output",
         "gated_attention",
         "gated_attention_with_lse",
