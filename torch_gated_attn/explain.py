@@ -106,5 +106,10 @@ def _layout(tensor: Tensor | None) -> tuple[str, tuple[int, ...], tuple[int, ...
     if tensor is None:
         return None
     # An allocation begins at a multiple of 256 bytes; 256 more, for an address of 0 means an absent tensor.
-    address = tensor.storage_offset() * tensor.element_size() if tensor.is_meta else tensor.data_ptr() % 256
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tuple(tensor.stride()), 256 + address
+    address = int(tensor.storage_offset()) * tensor.element_size() if tensor.is_meta else tensor.data_ptr() % 256
+    return (
+        str(tensor.dtype).removeprefix("torch."),
+        tuple(map(int, tensor.shape)),
+        tuple(map(int, tensor.stride())),
+        256 + address,
+    )

@@ -6,8 +6,9 @@
 // keeps queries, dO and dQ of kGroup batch rows in registers while key and value tiles flow by. Within a 16-key piece of a
 // tile the batch rows take turns on the bias fragments, and their dS is summed in registers. Over the whole chunk dBias is
 // kept in a strip of shared memory in fragment order, which each lane only shares with its namesakes of the other teams:
-// the teams walk the tiles rotated, so that between two barriers no two of them touch the same part. The order is fixed by
-// the shapes, no atomics: the sums are the same bits in every run.
+// the teams walk the tiles one behind the other, so that between two barriers no two of them touch the same part, and the
+// bias a team reads is in L1 for the next. The order is fixed by the shapes, no atomics: the sums are the same bits in every
+// run.
 #pragma once
 
 #include "key_value_ring.cuh"
@@ -175,17 +176,17 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
     for (int panel = 0; panel < (T::kStrip ? 1 : p.k_len); panel += kPanelKeys) {
       plan.build(mask, rows, panel, p.k_len);
       ring.restart();
-      // Steps over the full tiles, then over the mixed ones, every team beginning at another of them. So that no two teams
+      // Steps over the full tiles, then over the mixed ones, every team one tile ahead of the last. So that no two teams
       // meet at a tile of the strip, there are as many steps as teams at least, some of them idle; full tiles too few for
       // that are taken for mixed ones.
       const int full = T::kGeneral || plan.full() < T::kTeams ? 0 : plan.full(), mixed = plan.total() - full;
       const int steps = full + (T::kStrip && mixed > 0 && mixed < T::kTeams ? T::kTeams : mixed);
       constexpr uint32_t kIdle = 0xffffffffu;
-      int turn = T::kStrip ? team * (full > 0 ? full : steps) / T::kTeams : 0;
+      int turn = T::kStrip ? team : 0;
       // First key of the tile this team visits at a step; called for one step after the other.
       const auto next_key = [&](int step) {
         if (step == full) {
-          turn = full + (T::kStrip ? team * (steps - full) / T::kTeams : 0);
+          turn = full + (T::kStrip ? team : 0);
         }
         const uint32_t key = turn < plan.total() ? plan.key(turn) : kIdle;
         ++turn;

@@ -59,7 +59,8 @@ struct QueryShape {
   static constexpr bool kWide = kHeadDim <= 32 && !kGeneral;
   static constexpr int kRowTiles = kWide ? 2 : 1;
   static constexpr int kGroup = kHeadDim <= 16 && kStrip_ ? 2 : 1;
-  static constexpr int kBlock = kHeadDim == 32 && kStrip_ ? 64 : 32;
+  // Floats take shorter tiles: those of all teams, 32 KiB, are to stay in L1 until the last team has read them.
+  static constexpr int kBlock = kHeadDim == 32 && kStrip_ && kBias != BiasAccess::kFloat ? 64 : 32;
   // With a strip 64 queries to a block, which leaves room for 640 keys on sm_90 and 384 on sm_80; teams make up for the
   // warps.
   static constexpr int kTeams = !kStrip_ ? 1 : kWide ? 4 : 2;

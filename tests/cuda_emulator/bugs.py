@@ -45,11 +45,13 @@ BUGS = [
     Bug(
         "teams not rotated over full tiles",
         "backward_query.cuh",
-        "team * (full > 0 ? full : steps) / T::kTeams",
-        "0",
+        "int turn = T::kStrip ? team : 0;",
+        "int turn = 0;",
         masked=False,
     ),
-    Bug("teams not rotated over mixed tiles", "backward_query.cuh", "team * (steps - full) / T::kTeams", "0"),
+    Bug(
+        "teams not rotated over mixed tiles", "backward_query.cuh", "turn = full + (T::kStrip ? team : 0);", "turn = full;"
+    ),
     Bug(
         "strip read before the last step",
         "backward_query.cuh",
