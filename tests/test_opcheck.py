@@ -39,6 +39,8 @@ def test_opcheck_of_the_backward(device, sample):
         torch.library.opcheck(OPS._gated_attention_backward, (*flat, inputs.scale, inputs.masked_rows, grad_mask))
 
 
+# test_meta_equals_real compares them with every torch.
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="opcheck of older torch compares strides on CUDA only")
 def test_opcheck_compares_strides():
     """The tests above would say nothing about strides if opcheck ignored them."""
     with torch.library._scoped_library("torch_gated_attn_test", "DEF") as library:
