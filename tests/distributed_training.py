@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,7 @@ SCENARIOS = {"ddp": ddp, "fsdp": fsdp, "tensor parallel": tensor_parallel}
 
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of this machine need not resolve
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     try:
         results = {name: scenario(rank) for name, scenario in SCENARIOS.items()}

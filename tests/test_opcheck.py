@@ -134,7 +134,7 @@ def test_a_process_that_only_loaded_the_library_compiles_and_exports():
         print("done")
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.stdout.strip() == "done", done.stderr
 
 

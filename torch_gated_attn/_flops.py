@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 # Shapes, as the flop counter passes them in the place of tensors.
 Shape = tuple[int, ...]
@@ -33,7 +34,5 @@ def _backward(grad_out: Any, grad_lse: Any, query: Shape, key: Shape, value: Sha
 
 def register() -> None:
     """Register both formulas; called once, when the package is imported."""
-    from torch.utils.flop_counter import register_flop_formula
-
     register_flop_formula(torch.ops.torch_gated_attn._gated_attention_forward)(_forward)
     register_flop_formula(torch.ops.torch_gated_attn._gated_attention_backward)(_backward)
