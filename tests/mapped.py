@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -53,6 +54,7 @@ def exit_code_of(function: Callable[[], None]) -> int:
     if child == 0:
         status = 1
         try:
+            faulthandler.disable()  # a signal is the answer, not an accident
             torch.set_num_threads(1)  # GNU OpenMP cannot start threads after a fork
             function()
             status = 0

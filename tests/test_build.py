@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,55 @@ def test_without_torch_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
     metadata = setup_py("egg_info")
     assert metadata.returncode == 0, metadata.stderr
+
+
+def copied(folder: Path) -> Path:
+    """The files that git tracks, or all of an unpacked archive, without what was built."""
+    return Path(
+        shutil.copytree(
+            ROOT,
+            folder / "tree",
+            ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache"),
+        )
+    )
+
+
+def test_source_distribution_is_complete_and_needs_no_network(tmp_path: Path) -> None:
+    tree = copied(tmp_path)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    no_network = {**os.environ, "TORCH_GATED_ATTN_CUDA": "0", "https_proxy": "http://127.0.0.1:9", "PIP_NO_INDEX": "1"}
+    subprocess.run(command, cwd=tree, env=no_network, check=True, capture_output=True, timeout=300)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    for folder in ("csrc", "tests", "torch_gated_attn", "cmake"):
+        wanted = {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
+        assert wanted <= names, sorted(wanted - names)
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CMakeLists.txt"} <= names
+
+
+def test_wheel_works_in_a_new_environment(tmp_path: Path) -> None:
+    """Built from the object files of this checkout; what is installed is what it says, and runs away from the sources."""
+    cuda = "0" if _C.cuda_version is None else "1"
+    no_network = {**os.environ, "TORCH_GATED_ATTN_CUDA": cuda, "PIP_NO_INDEX": "1"}
+    no_network.pop("PYTHONPATH", None)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheel = [*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(wheel, env=no_network, check=True, capture_output=True, timeout=3000)
+    (built,) = tmp_path.glob("*.whl")
+    assert "linux" in built.name or not sys.platform.startswith("linux")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    install = [*pip, "--python", str(python), "install", "--no-deps", "--force-reinstall", "--target", str(venv / "only"), str(built)]
+    subprocess.run(install, env=no_network, check=True, capture_output=True, timeout=600)
+    program = "import torch_gated_attn as t; print(t.__version__, t.__file__)"
+    environment = {**no_network, "PYTHONPATH": str(venv / "only")}
+    run = [str(python), "-c", program]
+    said = subprocess.run(run, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
+    assert said.split() == [torch_gated_attn.__version__, str(venv / "only/torch_gated_attn/__init__.py")]
+    selftest = [str(python), "-m", "torch_gated_attn", "selftest", "--device", "cpu"]
+    subprocess.run(selftest, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=600)
 
 
 @pytest.mark.parametrize(

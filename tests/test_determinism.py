@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from inputs import DTYPES, assert_identical, draw, evaluate
+from torch.utils.data import DataLoader, Dataset
 
 from torch_gated_attn import gated_attention_with_lse
 
@@ -106,7 +107,56 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-ACCURACY = "head_dims or heads_and_batch or diagonal or fully_masked or leave_no_trace or every_subset or large_logits"
+class Batches(Dataset):
+    """Each item is computed by the operator; item 5 is an invalid call."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        x = torch.full((2, 9, 4), 1.0 + i)
+        return gated_attention_with_lse(x, x, x[:1] if i == 5 else x)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_workers_of_a_data_loader():
+    """Forked after use, they compute the same, and an exception in one reaches the loop."""
+    expected = [Batches()[i] for i in range(5)]
+    loader = iter(DataLoader(Batches(), batch_size=None, num_workers=2, timeout=120))
+    for right in expected:
+        assert torch.equal(next(loader), right)
+    with pytest.raises(ValueError, match="value must have as many heads as key"):
+        next(loader)
+    assert torch.equal(Batches()[0], expected[0])
+
+
+def test_exceptions_in_threads_propagate():
+    """Of the call itself, and of a hook that runs amid a backward: each reaches its caller, and the next call is right."""
+    inputs = draw(seed=5, **CALLS["batch"])
+    expected = evaluate(gated_attention_with_lse, inputs)
+
+    def invalid():
+        gated_attention_with_lse(*inputs.replace(value=inputs.value[:1]).tensors)
+
+    def interrupted():
+        query = inputs.query.clone().requires_grad_()
+        out, _ = gated_attention_with_lse(query, *inputs.tensors[1:])
+        out.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("from a hook")))
+        out.sum().backward()
+
+    with ThreadPoolExecutor(4) as pool:
+        for wrong, exception, message in ((invalid, ValueError, "value must have"), (interrupted, RuntimeError, "from a hook")):
+            futures = [pool.submit(wrong) for _ in range(4)]
+            right = [pool.submit(evaluate, gated_attention_with_lse, inputs) for _ in range(2)]
+            for future in futures:
+                with pytest.raises(exception, match=message):
+                    future.result(timeout=300)
+            for future in right:
+                assert_identical(expected, future.result(timeout=300), "beside a failing call")
+
+
+FILES = ("test_numerics.py", "test_masks.py", "test_special.py", "test_protected_pages.py")
+ACCURACY = "head_dims or heads_and_batch or diagonal or fully_masked or leave_no_trace or every_subset or large_logits or protected_pages"
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
@@ -118,7 +168,7 @@ def test_every_other_instruction_set(capability):
     taken = cpu_capability(environment)
     if taken != capability:
         pytest.skip(f"this machine lacks it: {taken} is taken")
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_numerics.py", "test_masks.py", "test_special.py")]
+    tests = [str(Path(__file__).with_name(name)) for name in FILES]
     run = run_python(environment, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", ACCURACY, *tests)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout

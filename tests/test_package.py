@@ -67,6 +67,21 @@ torch_gated_attn.GatedAttention(8, 2)(x)
     assert "torch_gated_attn" not in done.stderr
 
 
+def test_works_without_a_visible_device():
+    """As on a machine without a GPU or a driver: nothing is asked of CUDA at import or by a call on the CPU."""
+    program = """
+import os
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import torch
+import torch_gated_attn
+x = torch.ones(1, 2, 3)
+assert torch.equal(torch_gated_attn.gated_attention(x, x, x), x)
+assert not torch.cuda.is_initialized()
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
 def import_patched(folder: Path, **patches: bytes) -> str:
     """The last line of what importing a copy says whose library has some bytes replaced by as many others."""
     copy = folder / "torch_gated_attn"
