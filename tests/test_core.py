@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CPU kernels without PyTorch: random calls beside protected pages, under sanitizers, valgrind and threads of their own.
+"""The CPU kernels without PyTorch: random calls beside protected pages, under sanitizers, valgrind and own threads.
 
 TORCH_GATED_ATTN_FUZZ_CALLS=N draws N calls instead of a few hundred; TORCH_GATED_ATTN_FUZZ_SEED is the first one's seed.
 """
@@ -22,7 +22,9 @@ ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefin
 THREAD = ("-O1", "-fsanitize=thread")
 PLAIN = ("-O1",)
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"the core is compiled here, but {COMPILER} is missing")
+pytestmark = pytest.mark.skipif(
+    shutil.which(COMPILER) is None, reason=f"{COMPILER}, which compiles the core here, is missing"
+)
 
 
 def sanitizer_is_missing(flags: Sequence[str], folder: Path) -> bool:
@@ -43,7 +45,8 @@ def run(command: Sequence[object], calls: int, **environment: str) -> None:
     )
     if done.returncode == 3:
         pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, f"exit code {done.returncode}; the call's own line stands above the report:\n{done.stderr[-6000:]}"
+    said = f"exit code {done.returncode}; the call's own line stands above the report:\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, said
     assert f"{calls} calls" in done.stdout
 
 
@@ -53,7 +56,7 @@ def calls_or(few: int) -> int:
 
 @pytest.mark.parametrize("capability", SETS)
 def test_random_calls_beside_protected_pages(capability):
-    """Every input and output touches a protected page; outputs are NaN first, their gaps and the inputs stay as they were."""
+    """Inputs and outputs touch protected pages; outputs are NaN first; their gaps and the inputs stay as they were."""
     calls = calls_or(300)
     run([build(COMPILER, PLAIN), capability, SEED, calls, 1], calls)
 

@@ -145,7 +145,10 @@ def test_exceptions_in_threads_propagate():
         out.sum().backward()
 
     with ThreadPoolExecutor(4) as pool:
-        for wrong, exception, message in ((invalid, ValueError, "value must have"), (interrupted, RuntimeError, "from a hook")):
+        for wrong, exception, message in (
+            (invalid, ValueError, "value must have"),
+            (interrupted, RuntimeError, "from a hook"),
+        ):
             futures = [pool.submit(wrong) for _ in range(4)]
             right = [pool.submit(evaluate, gated_attention_with_lse, inputs) for _ in range(2)]
             for future in futures:
@@ -156,7 +159,10 @@ def test_exceptions_in_threads_propagate():
 
 
 FILES = ("test_numerics.py", "test_masks.py", "test_special.py", "test_protected_pages.py")
-ACCURACY = "head_dims or heads_and_batch or diagonal or fully_masked or leave_no_trace or every_subset or large_logits or protected_pages"
+ACCURACY = (
+    "head_dims or heads_and_batch or diagonal or fully_masked or leave_no_trace or every_subset or large_logits "
+    "or protected_pages"
+)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])

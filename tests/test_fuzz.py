@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Random calls against float64: geometry, layout, broadcasts, types and gradients, by the tolerance rule.
 
-200 calls, the same ones every time. TORCH_GATED_ATTN_FUZZ_EXAMPLES=N draws N others, from TORCH_GATED_ATTN_FUZZ_SEED if given.
+200 calls, the same ones every time. TORCH_GATED_ATTN_FUZZ_EXAMPLES=N draws N others, TORCH_GATED_ATTN_FUZZ_SEED seeds them.
 A failure ends with one line that repeats its call: `python tests/test_fuzz.py '{...}'`.
 """
 

@@ -24,6 +24,7 @@ from torch import Tensor
 CALLS = int(os.environ.get("TORCH_GATED_ATTN_HOSTILE_CALLS", "1500"))
 SEED = int(os.environ.get("TORCH_GATED_ATTN_FUZZ_SEED", "1"))
 ADDRESS_SPACE = 16 << 30
+OPERATORS = ("gated_attention", "gated_attention_with_lse", "_gated_attention_forward", "_gated_attention_backward")
 # What a refusal may be: ours (ValueError, TypeError, RuntimeError) and PyTorch's own.
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError, OverflowError, MemoryError)
 
@@ -97,7 +98,7 @@ def valid_call(rng: random.Random, seed: int) -> tuple[str, list[object]]:
         mask=rng.choice([None, "key", "full"]),
         masked_rows=rng.choice(["zero", "mean"]),
     )
-    name = rng.choice(["gated_attention", "gated_attention_with_lse", "_gated_attention_forward", "_gated_attention_backward"])
+    name = rng.choice(OPERATORS)
     tail: list[object] = [inputs.scale, inputs.masked_rows]
     if name != "_gated_attention_backward":
         return name, [*inputs.tensors, *tail]
@@ -129,10 +130,9 @@ def attacked(name: str, arguments: list[object], rng: random.Random) -> list[obj
 
 def call(name: str, arguments: list[object]) -> list[Tensor | None]:
     op = getattr(torch.ops.torch_gated_attn, name)
-    if name.startswith("_"):
-        result = op(*arguments)
-    else:
-        result = op(*arguments[:6], scale=arguments[6], masked_rows=arguments[7])
+    positional = len(arguments) if name.startswith("_") else 6
+    options = dict(zip(("scale", "masked_rows"), arguments[positional:], strict=False))
+    result = op(*arguments[:positional], **options)
     return list(result) if isinstance(result, tuple) else [result]
 
 
@@ -150,7 +150,7 @@ def check_forward(name: str, arguments: list[object], results: list[Tensor | Non
 
     tensors = [dense(x) for x in arguments[:6]]
     out = results[0]
-    if out is None or out.is_meta or out.numel() > 10**6 or any(isinstance(x, Tensor) and x.numel() > 10**6 for x in tensors):
+    if out is None or out.is_meta or any(isinstance(x, Tensor) and x.numel() > 10**6 for x in (out, *tensors)):
         return
     for x in arguments[:6]:
         if isinstance(x, Tensor) and x.is_floating_point() and not bool((x.abs() < 1e3).all()):
@@ -175,7 +175,8 @@ def attempt(seed: int) -> bool:
     try:
         results = call(name, arguments)
     except REFUSALS as error:
-        assert str(error).strip(), "an error without a message"
+        if not str(error).strip():
+            raise AssertionError("an error without a message") from error
         return True
     if name != "_gated_attention_backward":
         check_forward(name, arguments, results)
@@ -199,7 +200,8 @@ def test_every_operator_called_with_garbage():
     command = [sys.executable, __file__, str(SEED), str(CALLS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, env=environment)
-    assert done.returncode == 0, f"exit code {done.returncode}, the call's own line and what it said:\n{done.stderr[-4000:]}"
+    said = f"exit code {done.returncode}, the call's own line and what it said:\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, said
     words = done.stdout.split()
     assert int(words[0]) == CALLS
     assert 0.3 * CALLS < int(words[2]) < 0.98 * CALLS, f"{done.stdout}: refusals and results should both occur"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Nothing is read outside the inputs: each starts right after, or ends right before, a page that ends the process if touched.
+"""Nothing is read outside the inputs: each starts right after, or ends right before, a page that must not be touched.
 
 What is written, and that outputs touch such pages too, is in test_core.py, where the test owns the outputs' memory.
 """
@@ -25,7 +25,11 @@ SIZES = [
     {"q": 37, "k": 35, "d": 24, "dv": 17},
     {"q": 3, "k": 33, "d": 40, "dv": 1},
 ]
-VARIANTS = [{"mask": "full", "bias": "full"}, {"mask": "key", "bias": (3, 1, 1), "gate": "head"}, {"heads": 2, "kv_heads": 1}]
+VARIANTS = [
+    {"mask": "full", "bias": "full"},
+    {"mask": "key", "bias": (3, 1, 1), "gate": "head"},
+    {"heads": 2, "kv_heads": 1},
+]
 
 
 def results(inputs: Inputs, place) -> list[Tensor]:

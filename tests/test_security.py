@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What SECURITY.md promises: importing and calling writes no file, opens no connection, unpickles nothing and starts nothing;
+"""What SECURITY.md promises: importing and calling write no file, connect to nothing, unpickle nothing and start nothing;
 the library is linked with the usual protections."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def hook(event, arguments):
     writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
     opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     kind = event.split(".")[0]
-    if writes or opens or kind in ("socket", "urllib", "http", "ftplib", "smtplib", "pickle", "subprocess", "shutil", "tempfile"):
+    if writes or opens or kind in ("socket", "urllib", "http", "ftplib", "pickle", "subprocess", "shutil", "tempfile"):
         seen.append(event)
     if event in ("os.mkdir", "os.rename", "os.remove", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.chmod"):
         seen.append(event)

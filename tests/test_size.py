@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tensors of more than 2^31 elements and offsets beyond it, the memory a call takes, and what happens where there is none."""
+"""Tensors of more than 2^31 elements, offsets beyond it, the memory a call takes, and what happens where there is none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def test_keys_and_values_of_more_than_2_31_elements(q_len):
     """One row, expanded over 2^20 keys of which four are attended; a few queries have kernels of their own."""
     k_len, d = 2**20, 2056
     small = draw(seed=1, q=q_len, k=4, d=d, batch=(), heads=1, bias=None, mask=None)
-    small = small.replace(key=small.key[..., :1, :].expand_as(small.key), value=small.value[..., :1, :].expand_as(small.value))
+    small = small.replace(
+        key=small.key[..., :1, :].expand_as(small.key), value=small.value[..., :1, :].expand_as(small.value)
+    )
     mask = torch.zeros(k_len, dtype=torch.bool)
     mask[[0, 17, 2**19, k_len - 1]] = True
     rows = {name: getattr(small, name)[..., :1, :].expand(1, k_len, d) for name in ("key", "value")}

@@ -90,7 +90,8 @@ void Call::draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch) {
     mask = make(DType::kFloat32, 1, s, bytes, false);  // one byte each; the type says nothing
     const int64_t attended = bytes.below(4);           // of four keys
     for_each(s, [&](const int64_t* b, int64_t h, int64_t r, int64_t c) {
-      static_cast<uint8_t*>(mask.view.data)[mask.offset(b, h, r, c)] = numbers.next() * 2 + 2 < static_cast<double>(attended);
+      static_cast<uint8_t*>(mask.view.data)[mask.offset(b, h, r, c)] =
+          numbers.next() * 2 + 2 < static_cast<double>(attended);
     });
     for (int d = outer_dims; d < torch_gated_attn::kMaxBatchDims; ++d) p.mask_varies_by_row |= mask.view.batch[d] != 0;
   }

@@ -76,7 +76,9 @@ inline void put(DType type, void* p, int64_t i, double x) {
     std::memcpy(&bits, &value, sizeof bits);
     uint16_t half = static_cast<uint16_t>(bits >> 16);
     if (type == DType::kFloat16)
-      half = x == 0 ? 0 : static_cast<uint16_t>((bits >> 16 & 0x8000) | (((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023)));
+      half = x == 0
+                 ? 0
+                 : static_cast<uint16_t>((bits >> 16 & 0x8000) | (((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023)));
     static_cast<uint16_t*>(p)[i] = half;
   }
 }

@@ -29,9 +29,8 @@ void run_units(int64_t units, int64_t scratch_bytes, int threads, const F& f) {
 inline void run_forward(Call& c, const CpuKernels& kernels, int threads) {
   Problem& p = c.p;
   const torch_gated_attn::ForwardSchedule schedule(p, kernels.block(p), bytes_of(c.lse.type), threads);
-  run_units(schedule.units(p), kernels.forward_scratch(p, schedule.max_lanes), threads, [&](int64_t i, char* scratch) {
-    kernels.forward(p, schedule.unit(p, i), schedule.max_lanes, scratch);
-  });
+  run_units(schedule.units(p), kernels.forward_scratch(p, schedule.max_lanes), threads,
+            [&](int64_t i, char* scratch) { kernels.forward(p, schedule.unit(p, i), schedule.max_lanes, scratch); });
 }
 
 // Leaves the sum of the slices of d_bias, in order, in c.d_bias.

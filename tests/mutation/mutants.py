@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Deliberate errors, each one piece of the library's text replaced. 1 to 25 are those every suite for fused attention should
-kill; those after them are aimed at the SIMD code and at the launcher of this library."""
+"""Deliberate errors, each one piece of the library's text replaced.
+
+1 to 25 are those every suite for fused attention should kill; those after them are aimed at the SIMD code and at the
+launcher of this library.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,13 @@ MUTANTS = [
         "for (int first = 0; first < keys_.padded; first += kTileKeys) {",
         "for (int first = 0; first < keys_.padded - (keys_.padded > kTileKeys ? kTileKeys : 0); first += kTileKeys) {",
     ),
-    Mutant(3, "one key past the end", "cpu/keys.h", "for (int32_t j = 0; j < p.k_len; ++j) {", "for (int32_t j = 0; j <= p.k_len; ++j) {"),
+    Mutant(
+        3,
+        "one key past the end",
+        "cpu/keys.h",
+        "for (int32_t j = 0; j < p.k_len; ++j) {",
+        "for (int32_t j = 0; j <= p.k_len; ++j) {",
+    ),
     Mutant(
         4,
         "accumulator not rescaled",
@@ -63,7 +72,8 @@ MUTANTS = [
         10,
         "bias gradient misses one row",
         "cpu/backward_unit.h",
-        "for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);",
+        "for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, "
+        "queries_ > max_lanes_ ? r - w.row_begin : 0);",
         "for (int64_t r = w.row_begin; r < w.row_end; ++r) {\n"
         "        if (p_.d_bias.data && r == w.row_begin + 1)\n"
         "          __builtin_memset(d_table_, 0, sizeof(A) * lanes_.padded / kBlock * table_.stride);\n"
@@ -159,7 +169,9 @@ MUTANTS = [
         "  const Vec<A> tanh = half * (set1<A>(27) + square) / (set1<A>(27) + set1<A>(9) * square);\n"
         "  if (sizeof(A)) return {set1<A>(A(0.5)) * (one + tanh), set1<A>(A(0.5)) * (one - tanh)};\n",
     ),
-    Mutant(26, "pairs: the odd last dimension not zeroed", "cpu/keys.h", "if (dim % 2) dst[dim / 2] = 0;", "", "avx512_bf16"),
+    Mutant(
+        26, "pairs: the odd last dimension not zeroed", "cpu/keys.h", "if (dim % 2) dst[dim / 2] = 0;", "", "avx512_bf16"
+    ),
     Mutant(
         27,
         "pairs: two vectors of lanes swapped",
@@ -204,7 +216,13 @@ MUTANTS = [
         "highest[u] > before ? highest[u] + set1<A>(kHeadroom) : before;",
         "highest[u] + set1<A>(kHeadroom) > before ? highest[u] + set1<A>(kHeadroom) : before;",
     ),
-    Mutant(33, "a copy of an expanded input loses its sizes", "describe.cpp", ".contiguous().expand(tensor.sizes())", ".contiguous()"),
+    Mutant(
+        33,
+        "a copy of an expanded input loses its sizes",
+        "describe.cpp",
+        ".contiguous().expand(tensor.sizes())",
+        ".contiguous()",
+    ),
     Mutant(
         34,
         "empty calls reach the kernels",

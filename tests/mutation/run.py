@@ -72,8 +72,9 @@ def build(mutant: Mutant, tree: Path) -> None:
     torch_lib = cpp_extension.library_paths("cpu")[0]
     target = tree / "torch_gated_attn" / library
     target.unlink()
-    link = ["g++", "-shared", "-fopenmp", str(changed), *others, f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python"]
-    subprocess.run([*link, "-o", str(target)], check=True)
+    torch_libraries = [f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python"]
+    link = ["g++", "-shared", "-fopenmp", str(changed), *others, *torch_libraries, "-o", str(target)]
+    subprocess.run(link, check=True)
 
 
 def fate(mutant: Mutant) -> str | None:
@@ -105,7 +106,8 @@ def fate(mutant: Mutant) -> str | None:
     if run.returncode < 0:  # the last test that was named had begun
         begun = re.findall(r"^tests/(\S+)", run.stdout, re.MULTILINE)
         return f"{begun[-1]} (signal {-run.returncode})"
-    raise SystemExit(f"mutant {mutant.number}: pytest ended with {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    said = run.stdout[-2000:] + run.stderr[-2000:]
+    raise SystemExit(f"mutant {mutant.number}: pytest ended with {run.returncode}:\n{said}")
 
 
 def report(fates: dict[int, str | None]) -> str:
@@ -113,12 +115,14 @@ def report(fates: dict[int, str | None]) -> str:
     lines = [
         "# Mutants",
         "",
-        "What `python tests/mutation/run.py` printed: each deliberate error is built into the library, the fast part of the",
-        "suite is run against it, and the first test that fails is named. Kernels were compiled for the instruction set given.",
+        "What `python tests/mutation/run.py` printed: each deliberate error is built into the library, the fast part of",
+        "the suite is run against it, and the first test that fails is named. Kernels were compiled for the instruction",
+        "set given.",
         "",
         f"Date: {datetime.date.today()}. Machine: {platform.machine()}, torch {torch.__version__}.",
-        f"{killed} of {len(fates)} killed; {len(NEEDS_GPU)} more need a GPU: tests/test_cuda.py. The CUDA kernels have mutants of",
-        "their own in tests/cuda_emulator/bugs.py, each of them a test of every run: tests/test_cuda_emulator.py::test_planted_bug_is_caught.",
+        f"{killed} of {len(fates)} killed; {len(NEEDS_GPU)} more need a GPU: tests/test_cuda.py. The CUDA kernels have",
+        "mutants of their own in tests/cuda_emulator/bugs.py, which are part of every run:",
+        "tests/test_cuda_emulator.py::test_planted_bug_is_caught.",
         "",
         "| number | error | file | instruction set | killed by |",
         "|---|---|---|---|---|",
@@ -133,6 +137,12 @@ def report(fates: dict[int, str | None]) -> str:
 
 
 def main(wanted: Sequence[str]) -> None:
+    if not wanted or "0" in wanted:
+        # Without an error nothing may fail, or the fates below would mean nothing.
+        control = fate(Mutant(0, "none", "cpu/forward_block.h", "", ""))
+        if control is not None:
+            raise SystemExit(f"{control} fails without a mutant")
+        print("  0 none: every test passes", flush=True)
     chosen = [m for m in MUTANTS if not wanted or str(m.number) in wanted]
     fates: dict[int, str | None] = {}
     for mutant in chosen:

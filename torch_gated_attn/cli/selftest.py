@@ -160,7 +160,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "selftest",
         help="compare this build, on every instruction set and device, with float64",
-        description="Compares this build with float64, on every instruction set and device of this machine. Exit code 1: wrong.",
+        description="Compares this build with float64 on every instruction set and device here. Exit code 1: it is wrong.",
     )
     parser.add_argument("--device", help="this device only, in this process, e.g. cpu or cuda:0")
     parser.add_argument("--json", action="store_true", help="with --device: print rows of JSON")
