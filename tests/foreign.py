@@ -104,8 +104,13 @@ class HeadsToFront(nn.Module):
 class Boltz1:
     class AttentionPairBias(PairBias):
         def forward(self, s, z, mask, multiplicity=1, to_keys=None, model_cache=None):
-            s = self.norm_s(s)
-            return self.attend(s, s, self.proj_z(z), mask, multiplicity)
+            s = k_in = self.norm_s(s)
+            if to_keys is not None:
+                k_in, mask = to_keys(s), to_keys(mask.unsqueeze(-1)).squeeze(-1)
+            cache = {} if model_cache is None else model_cache
+            if "z" not in cache:
+                cache["z"] = self.proj_z(z)
+            return self.attend(s, k_in, cache["z"], mask, multiplicity)
 
 
 class Boltz2:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import foreign
 import pytest
@@ -301,6 +302,25 @@ def test_padded_rows_are_finite_with_finite_gradients():
     assert attention(x, **kwargs)[0].isfinite().all()
 
 
+def test_boltz_windows_and_cache():
+    """Keys taken from other positions than the queries, and a pair bias that is projected once."""
+    (s, z, mask), kwargs = foreign.diffusion(1)
+    mask[:, :4] = 1
+    attention = foreign.Boltz1.AttentionPairBias().double()
+    replaced = copy.deepcopy(attention)
+    patch(replaced)
+    caches = {}, {}
+    for call_number in range(2):
+        results = [
+            module(s, z[:, :, 2:] * (1 - call_number), mask, to_keys=lambda x: x[:, 2:], model_cache=cache, **kwargs)
+            for module, cache in zip((attention, replaced), caches, strict=True)
+        ]
+        torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)  # its mask is float32
+    assert torch.equal(caches[0]["z"], caches[1]["z"])
+    one_mask = torch.ones(1, LENGTH).double()  # shared by all samples
+    torch.testing.assert_close(replaced(s, z, one_mask, **kwargs), attention(s, z, one_mask, **kwargs))
+
+
 def test_high_precision_is_float32(operator_calls):
     class Attention(foreign.Projections):
         def forward(self, q_x, kv_x, biases=None, use_high_precision=False):
@@ -340,5 +360,13 @@ def test_compiled():
 
 
 def test_a_device_without_kernels_is_left(monkeypatch):
-    monkeypatch.setattr(_patch, "_device_objection", lambda module: "this build has no kernels for its device, xpu")
-    assert [m.note for m in patch(Boltz.Attention()).left] == ["this build has no kernels for its device, xpu"]
+    class Elsewhere(Boltz.Attention):
+        def parameters(self, recurse=True):
+            return iter([SimpleNamespace(device=torch.device(device))])
+
+    monkeypatch.setattr(_patch, "_C", SimpleNamespace(cuda_version=None))
+    for device in ("cuda", "xpu"):
+        assert [m.note for m in patch(Elsewhere()).left] == [f"this build has no kernels for its device, {device}"]
+    monkeypatch.setattr(_patch, "_C", SimpleNamespace(cuda_version="13.0"))
+    device = "cuda"
+    assert len(patch(Elsewhere()).replaced) == 1
