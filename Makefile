@@ -5,6 +5,7 @@
 #
 #   make demo    the worked example          make bench   the measurements of the README
 #   make test    the tests                   make lint    format, style and type checks
+#   make sass    what the compiler made of the CUDA kernels, against their budgets; needs nvcc, no GPU
 #
 # TORCH_VERSION=2.12.* takes another PyTorch, PYTHON=python3.12 another Python, TORCH_INDEX=URL another package index for torch
 # (https://download.pytorch.org/whl/cpu: a torch without CUDA), JOBS=1 one compiler at a time. ARGS is passed on.
@@ -29,7 +30,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # What runs here needs the CUDA kernels, minutes of compilation, only where there is a device.
 export TORCH_GATED_ATTN_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint sass clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -46,6 +47,10 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy torch_gated_attn
 	find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# The torch of a GPU build brings Triton, and with it the disassembler.
+sass: $(TORCH)
+	MAX_JOBS=$(JOBS) $(BIN)/python benchmarks/sass_report.py $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -23,7 +23,27 @@ def instruction_set() -> str:
     return name
 
 
-def describe() -> dict[str, Any]:
+def why_no_gpu() -> str | None:
+    """What a benchmark on a GPU lacks here."""
+    from torch_gated_attn import _C
+
+    if not torch.cuda.is_available():
+        return "a GPU, but torch finds none"
+    return None if _C.cuda_version else "a build with CUDA kernels, but torch_gated_attn was built without"
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_mib": properties.total_memory // 2**20,
+        "cuda": torch.version.cuda,
+    }
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
     import torch_gated_attn
 
     cpu = _cpu_info()
@@ -31,6 +51,7 @@ def describe() -> dict[str, Any]:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
+        "gpu": _gpu() if device == "cuda" else None,
         "cpu": cpu.get("model name", platform.processor() or "unknown"),
         "cpu_family_model_stepping": [cpu.get(key) for key in ("cpu family", "model", "stepping")],
         "cpu_flags": cpu.get("flags", ""),

@@ -48,7 +48,22 @@ def timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(calls: dict[str, Callable[[], None]], repeat: int, path_limit: float) -> dict[str, Timing]:
+def timed_on_gpu(call: Callable[[], None]) -> float:
+    """From event to event on the current stream: what the GPU took, and the launches where those are slower."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def interleaved(
+    calls: dict[str, Callable[[], None]],
+    repeat: int,
+    path_limit: float,
+    timer: Callable[[Callable[[], None]], float] = timed,
+) -> dict[str, Timing]:
     """One untimed call each, then `repeat` turns; a path stops after two turns once it has used `path_limit` seconds."""
     timings = {name: Timing() for name in calls}
     for name, call in calls.items():
@@ -63,9 +78,9 @@ def interleaved(calls: dict[str, Callable[[], None]], repeat: int, path_limit: f
             timing = timings[name]
             if timing.error or (turn >= 2 and sum(timing.seconds) > path_limit):
                 continue
-            timing.seconds.append(timed(call))
+            timing.seconds.append(timer(call))
             if timing.seconds[-1] < SHORT_SECONDS:
-                timing.seconds.extend(timed(call) for _ in range(TURN_CALLS - 1))
+                timing.seconds.extend(timer(call) for _ in range(TURN_CALLS - 1))
     return timings
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import peers_cuda
 import torch
 from torch import Tensor
 
@@ -63,8 +64,9 @@ def compiled_eager() -> Path:
     return compiled
 
 
-def paths(with_compile: bool = True) -> dict[str, Path]:
-    found: dict[str, Path] = {"operator": operator, "eager": eager, "sdpa": sdpa}
+def paths(with_compile: bool = True, device: str = "cpu") -> dict[str, Path]:
+    found: dict[str, Path] = {"operator": operator, "eager": eager}
+    found |= peers_cuda.paths(sdpa, MASKED_LOGIT, with_compile) if device == "cuda" else {"sdpa": sdpa}
     if with_compile:
         found["compile"] = compiled_eager()
     return found

@@ -36,11 +36,10 @@ def write_plot(
     for panel in axes[0]:
         panel.spines[["top", "right"]].set_visible(False)
     torch_version = machine["versions"]["torch"]
-    figure.suptitle(
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, torch {torch_version}, "
-        f"{machine['date'][:10]}",
-        fontsize=10,
-    )
+    where = f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
+    if machine["gpu"]:
+        where = machine["gpu"]["name"]
+    figure.suptitle(f"{where}, torch {torch_version}, {machine['date'][:10]}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -61,7 +60,7 @@ def _ratios(axes: Any, comparisons: list[Comparison], direction: str) -> None:
         yticks=range(len(names)),
         yticklabels=names,
         title=direction,
-        xlabel="time of the fastest of eager, SDPA, compile / ours",
+        xlabel="time of the fastest peer / ours",
     )
     ratios = [c.ratio() for c in comparisons if c.fastest_peer()]
     limits = min(0.5, 0.8 * min(ratios)), max(2, 1.6 * max(ratios))  # room for the numbers beside the bars

@@ -56,6 +56,8 @@ class Comparison:
 
 def print_header(machine: Mapping[str, Any], peaks: Mapping[str, float], paths: list[str]) -> None:
     print(f"$ {machine['command']}")
+    if gpu := machine["gpu"]:
+        print(f"{gpu['name']}, compute capability {gpu['capability']}, CUDA {gpu['cuda']}")
     print(
         f"{machine['cpu']}, {machine['cores']} cores; {machine['threads']} threads; load {machine['load_average'][0]:.2f}"
     )

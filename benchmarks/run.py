@@ -2,11 +2,13 @@
 """Compare the operator with what PyTorch offers, on the shapes that real models run.
 
 Without options every workload of workloads.json that fits a CPU is timed, forward and forward+backward, in float32 and
-bfloat16, against plain PyTorch, SDPA and torch.compile; then the share of the core's peak and the memory of a step.
+bfloat16, against plain PyTorch, SDPA and torch.compile; then the share of the core's peak and the memory of a step. On a
+GPU, at full batch, also against SDPA's efficient and cuDNN kernels, FlexAttention, and trifast where it is installed.
 
     python benchmarks/run.py
     python benchmarks/run.py --workloads T1,X1 --dtypes float32 --repeat 5 --no-compile
     python benchmarks/run.py --workloads none --peak --memory
+    python benchmarks/run.py --device cuda --dtypes bfloat16
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import peers
 import plot
 import report
 import torch
-from measure import DIRECTIONS, differences, interleaved
+from measure import DIRECTIONS, differences, interleaved, timed, timed_on_gpu
 from report import Comparison
 from share import Peak, Share, measure_shares
 from workloads import DTYPES, WORKLOADS, Workload, load, make_inputs
@@ -36,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default="all", help="names separated by commas, all (default) or none")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="default float32,bfloat16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as torch chooses")
     parser.add_argument("--repeat", type=int, default=7, help="timed turns of each path (default 7)")
     parser.add_argument(
@@ -48,8 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it takes minutes to compile")
     parser.add_argument("--peak", action=argparse.BooleanOptionalAction, help="measure the share of the core's peak")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, help="measure the memory of a T1 step")
-    parser.add_argument("--json", type=Path, default=RESULTS / "cpu.json", help="default benchmarks/results/cpu.json")
-    parser.add_argument("--png", type=Path, default=RESULTS / "cpu.png", help="default benchmarks/results/cpu.png")
+    parser.add_argument("--json", type=Path, help="default benchmarks/results/DEVICE.json")
+    parser.add_argument("--png", type=Path, help="default benchmarks/results/DEVICE.png")
     parser.add_argument("--workload-file", type=Path, default=WORKLOADS, help="other shapes, as in workloads.json")
     arguments = parser.parse_args()
     arguments.dtypes = arguments.dtypes.split(",")
@@ -57,11 +60,18 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--dtypes must be among {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
     if arguments.repeat < 1 or arguments.threads < 1:
         parser.error("--repeat and --threads must be at least 1")
+    if arguments.device == "cuda":
+        if arguments.peak or arguments.memory:
+            parser.error("--peak and --memory measure the CPU, not --device cuda")
+        if missing := machine.why_no_gpu():
+            parser.error(f"--device cuda needs {missing}")
+    arguments.json = arguments.json or RESULTS / f"{arguments.device}.json"
+    arguments.png = arguments.png or RESULTS / f"{arguments.device}.png"
     return arguments
 
 
-def choose(names: str, file: Path) -> list[Workload]:
-    known = {workload.name: workload for workload in load(file)}
+def choose(names: str, file: Path, device: str) -> list[Workload]:
+    known = {workload.name: workload for workload in load(file, "batch" if device == "cuda" else "cpu_batch")}
     if names == "all":
         return list(known.values())
     chosen = [] if names == "none" else names.split(",")
@@ -71,12 +81,13 @@ def choose(names: str, file: Path) -> list[Workload]:
 
 
 def compare(workload: Workload, dtype: str, arguments: argparse.Namespace) -> list[Comparison]:
-    inputs = make_inputs(workload, DTYPES[dtype])
+    inputs = make_inputs(workload, DTYPES[dtype], device=arguments.device)
+    timer = timed_on_gpu if arguments.device == "cuda" else timed
     found = []
     for direction, run in DIRECTIONS.items():
-        paths = peers.paths(with_compile=not arguments.no_compile)
+        paths = peers.paths(not arguments.no_compile, arguments.device)
         calls = {name: (lambda path=path, run=run: run(path, inputs)) for name, path in paths.items()}
-        timings = interleaved(calls, arguments.repeat, arguments.path_limit)
+        timings = interleaved(calls, arguments.repeat, arguments.path_limit, timer)
         found.append(Comparison(workload.name, workload.title, workload.describe(), dtype, direction, timings))
         report.print_comparison(found[-1])
     sys.stdout.flush()
@@ -103,21 +114,21 @@ def main() -> None:
     import torch_gated_attn  # noqa: F401  # registers the operator
 
     torch.set_num_threads(arguments.threads)
-    chosen = choose(arguments.workloads, arguments.workload_file)
-    measure_all = arguments.workloads == "all"
+    chosen = choose(arguments.workloads, arguments.workload_file, arguments.device)
+    measure_all = arguments.workloads == "all" and arguments.device == "cpu"
     with_peak = measure_all if arguments.peak is None else arguments.peak
     with_memory = measure_all if arguments.memory is None else arguments.memory
 
-    facts = machine.describe()
+    facts = machine.describe(arguments.device)
     peak = Peak() if with_peak else None
     peaks = peak.rates() if peak else {}
-    report.print_header(facts, peaks, list(peers.paths(with_compile=not arguments.no_compile)))
+    report.print_header(facts, peaks, list(peers.paths(not arguments.no_compile, arguments.device)))
     comparisons: list[Comparison] = []
     errors: dict[str, dict[str, dict[str, float]]] = {}
     for workload in chosen:
         for dtype in (d for d in arguments.dtypes if d in workload.dtypes):
-            sample = make_inputs(workload.cut(SAMPLE_BATCH), DTYPES[dtype])
-            uncompiled = peers.paths(with_compile=False)
+            sample = make_inputs(workload.cut(SAMPLE_BATCH), DTYPES[dtype], device=arguments.device)
+            uncompiled = peers.paths(with_compile=False)  # those that run everywhere
             errors[f"{workload.name} {dtype}"] = {name: differences(path, sample) for name, path in uncompiled.items()}
             comparisons += compare(workload, dtype, arguments)
     report.print_differences(errors)

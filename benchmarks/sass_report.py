@@ -4,9 +4,9 @@
 
 Compiles the tensor-core kernels, disassembles them with cuobjdump (of the CUDA toolkit, or of the Triton wheel), finds the
 main loop of each, and prints per kernel registers, spills and, per score element and thread: issue slots, tensor-core
-instructions, exponentials, ldmatrix, and the milliclocks that each unit of an H100 takes (issue, exponentials, tensor cores,
-shared memory, L2); the largest binds. Instructions that a branch may skip are counted. Exits with 1 when a budget of
-csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
+instructions, exponentials, ldmatrix, and the milliclocks that each unit of an H100 takes (issue, exponentials, tensor
+cores, shared memory, L2); the largest binds. Instructions that a branch may skip are counted. Exits with 1 when a budget
+of csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
 
     python benchmarks/sass_report.py                       sm_80 and sm_90, bfloat16 and float16, head_dim 16 and 32
     python benchmarks/sass_report.py --archs sm_120 --head-dims 64

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The shapes of workloads.json as tensors on the CPU."""
+"""The shapes of workloads.json as tensors."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def _parse(entry: dict[str, Any], batch_key: str) -> Workload:
     )
 
 
-def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     w = workload
     query = normal(*w.batch, w.heads, w.q_len, w.head_dim)
@@ -125,7 +125,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     bias = normal(*w.bias_shape) if w.bias_shape else None
 
     masked = max(1, round(w.k_len * MASKED_SHARE))
-    order = torch.rand(w.mask_shape, generator=generator).argsort(-1)
+    order = torch.rand(w.mask_shape, generator=generator, device=device).argsort(-1)
     mask = order >= masked  # a permutation, so every row masks the same number of keys
     if w.fully_masked:
         mask.view(-1, w.k_len)[:: math.ceil(mask.numel() / w.k_len / FULLY_MASKED)] = False

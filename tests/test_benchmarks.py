@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -142,12 +144,46 @@ def test_plot_is_written(results):
         (["--workloads", "Z9"], "--workloads must be among T1, T2"),
         (["--dtypes", "float8"], "--dtypes must be among float32, bfloat16, got float8"),
         (["--repeat", "0"], "--repeat and --threads must be at least 1"),
+        (["--device", "cuda", "--memory"], "--peak and --memory measure the CPU, not --device cuda"),
     ],
 )
 def test_wrong_options_are_explained(arguments, message):
     done = run(*arguments)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named():
+    done = run("--device", "cuda")
+    assert done.returncode != 0
+    assert done.stderr.endswith("--device cuda needs a GPU, but torch finds none\n")
+
+
+def triangle_attention_like_trifast(query, key, value, bias, left_out):
+    """[H, rows, N, D], bias [H, N, N], left_out [rows, N]."""
+    scores = query @ key.transpose(-1, -2) * query.size(-1) ** -0.5 + bias[:, None]
+    return scores.masked_fill(left_out[None, :, None], -1e9).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("entry", TINY["workloads"], ids=lambda entry: entry["id"])
+def test_peers_of_a_gpu_compute_the_same_on_a_cpu(entry, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    peers, peers_cuda, workloads = map(pytest.importorskip, ("peers", "peers_cuda", "workloads"))
+    (tmp_path / "one.json").write_text(json.dumps({"workloads": [entry]}))
+    (workload,) = workloads.load(tmp_path / "one.json")
+    tensors = [None if t is None else t.detach() for t in workloads.make_inputs(workload, torch.float32).tensors]
+    paths = {
+        "sdpa": peers_cuda.with_one_batch_dimension(peers.sdpa),
+        "flex": peers_cuda.flex(peers.MASKED_LOGIT, compiled=False),
+    }
+    if entry["id"] in ("T1", "O1"):
+        paths["trifast"] = peers_cuda.trifast(triangle_attention_like_trifast)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FlexAttention recommends its compiler
+        expected = peers.eager(*tensors)
+        for name, path in paths.items():
+            torch.testing.assert_close(path(*tensors), expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_shares_count_attended_keys_only(monkeypatch):

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What only a GPU can show: streams, graphs, a second device, no synchronisation, and the same bits in every run."""
+"""What only a GPU can show: streams, graphs, a second device, no synchronisation, sizes past 32 bits, compute-sanitizer,
+and the same bits in every run."""
 
 from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from inputs import assert_identical, draw, evaluate
+from tolerance import Judge
 
-from torch_gated_attn import gated_attention, gated_attention_with_lse
+from torch_gated_attn import explain, gated_attention, gated_attention_with_lse
 
 HAS_KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("torch_gated_attn::_gated_attention_forward", "CUDA")
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and HAS_KERNELS), reason="needs a GPU and the CUDA kernels")
@@ -82,3 +89,92 @@ def test_second_device_while_the_first_is_current():
     assert torch.cuda.current_device() == 0
     assert all(result.device.index == 1 for result in second.values())
     assert_identical(first, {name: result.to("cuda:0") for name, result in second.items()}, "two devices")
+
+
+def test_more_batch_rows_than_a_grid_dimension_holds():
+    """A million: grids have 65535 blocks along y and z."""
+    judge = Judge()
+    for bias in (None, (1, 1, 2, 3)):
+        inputs = draw(
+            seed=8, dtype=torch.bfloat16, device="cuda", batch=(1_000_003,), heads=1, q=2, k=3, d=8, bias=bias, mask=None
+        )
+        judge.compare(f"bias={bias}", inputs)
+    judge.verdict()
+
+
+def needs_memory(gib):
+    total = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
+    return pytest.mark.skipif(total < gib * 2**30, reason=f"needs a GPU with {gib} GiB")
+
+
+@needs_memory(48)
+def test_tensors_of_more_than_2_to_the_31_elements():
+    rows, shape = 70_000, (4, 60, 128)
+    generator = torch.Generator("cuda").manual_seed(9)
+    query, key, value, grad = (
+        torch.randn(rows, *shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    assert query.numel() > 2**31
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out = gated_attention(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad)
+    for part in (slice(0, 3), slice(rows - 3, rows)):  # no bias, so a row's bits do not depend on the others
+        few = [t.detach()[part].clone().requires_grad_() for t in leaves]
+        expected = gated_attention(*few)
+        assert torch.equal(out[part], expected)
+        for ours, alone in zip(gradients, torch.autograd.grad(expected, few, grad[part]), strict=True):
+            assert torch.equal(ours[part], alone)
+
+
+@needs_memory(24)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_offsets_past_2_to_the_31(dtype):
+    """Rows that lie far apart in one buffer."""
+    length, stride = 33, 2**26 + 8
+    inputs = draw(seed=10, dtype=dtype, device="cuda", batch=(), heads=1, q=length, k=length, d=16, bias=None)
+    buffer = torch.empty((length - 1) * stride + 16, dtype=dtype, device="cuda")
+    assert buffer.numel() > 2**31
+    judge = Judge()
+    for name in ("query", "key", "value"):
+        spread = buffer.as_strided((1, length, 16), (buffer.numel(), stride, 1))
+        spread.copy_(getattr(inputs, name))
+        judge.compare(name, inputs.replace(**{name: spread}))
+    judge.verdict()
+
+
+def test_what_no_fused_kernel_takes_warns_and_names_the_reason():
+    inputs = draw(seed=11, dtype=torch.bfloat16, device="cuda", d=136)
+    assert explain(*inputs.tensors).kernel == "composite"
+    torch.set_warn_always(True)
+    try:
+        with pytest.warns(
+            UserWarning, match="head_dim 136 is outside 1..128.*the composite formula runs, which stores all"
+        ):
+            Judge().compare("D=136", inputs)
+    finally:
+        torch.set_warn_always(False)
+
+
+TINY_CALLS = """
+import torch, torch_gated_attn
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for d in (8, 12, 32):
+        draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
+        mask = torch.rand(5, 1, 1, 70, device="cuda") < 0.8
+        out = torch_gated_attn.gated_attention(
+            draw(5, 2, 40, d), draw(5, 2, 70, d), draw(5, 2, 70, d), draw(5, 2, 40, d), draw(1, 2, 40, 70), mask)
+        out.backward(torch.ones_like(out))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer of the CUDA toolkit")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool):
+    # Every tensor an allocation of its own, so that an access past its end is one past an allocation.
+    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    only_ours = ["--kernel-name", "kernel_substring=torch_gated_attn"]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *only_ours, sys.executable, "-c", TINY_CALLS]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in run.stdout
