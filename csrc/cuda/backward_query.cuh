@@ -7,8 +7,8 @@
 // tile the batch rows take turns on the bias fragments, and their dS is summed in registers. Over the whole chunk dBias is
 // kept in a strip of shared memory in fragment order, which each lane only shares with its namesakes of the other teams:
 // the teams walk the tiles one behind the other, so that between two barriers no two of them touch the same part, and the
-// bias a team reads is in L1 for the next. The order is fixed by the shapes, no atomics: the sums are the same bits in every
-// run.
+// bias a team reads is in L1 for the next. The order is fixed by the shapes, no atomics: the sums are the same bits in
+// every run.
 #pragma once
 
 #include "key_value_ring.cuh"

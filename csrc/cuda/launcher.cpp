@@ -12,6 +12,9 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <mutex>
+#include <string>
+#include <unordered_set>
 
 #include "../checks.h"
 #include "../describe.h"
@@ -65,6 +68,18 @@ Operands forward_operands(const at::Tensor& query, const at::Tensor& key, const 
   return o;
 }
 
+// What no fused kernel takes never runs the composite formula silently: one warning for every reason, which the backward
+// shares with its forward.
+void warn_once(const std::string& reason) {
+  static std::mutex mutex;
+  static std::unordered_set<std::string> warned;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!warned.insert(reason).second && !c10::WarningUtils::get_warnAlways()) return;
+  }
+  TORCH_WARN("torch_gated_attn: ", reason);
+}
+
 ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,
                            std::optional<double> scale, c10::string_view masked_rows) {
@@ -83,7 +98,7 @@ ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const
   const cuda::Device device = current_device(query, scratch);
   const cuda::Choice choice = cuda::choose_forward(p, device.arch);
   if (choice.kernel == cuda::Kernel::kComposite) {
-    TORCH_WARN_ONCE("torch_gated_attn: ", choice.reason);
+    warn_once(choice.reason);
     const auto [y, l, m, s] = forward_composite(query, key, value, gate, bias, mask, scale, masked_rows);
     out.copy_(y), lse.copy_(l), row_max.copy_(m), row_sum.copy_(s);
     return result;
@@ -135,7 +150,7 @@ Gradients backward_cuda(const OptionalTensor& grad_out, const OptionalTensor& gr
   const cuda::Device device = current_device(query, scratch);
   const cuda::Choice choice = cuda::choose_backward(p, device.arch);
   if (choice.kernel == cuda::Kernel::kComposite) {
-    TORCH_WARN_ONCE("torch_gated_attn: ", choice.reason);
+    warn_once(choice.reason);
     return backward_composite(grad_out, grad_lse, query, key, value, gate, bias, mask, scale, masked_rows, grad_mask);
   }
   cuda::run_backward(p, choice, device, sum_gate);
