@@ -169,6 +169,26 @@ INVALID = {
         RuntimeError,
         "bias must be on query's device cpu, but is on meta",
     ),
+    "gate on another device": (
+        {"gate": torch.zeros(B, H, Q, DV, device="meta")},
+        RuntimeError,
+        "gate must be on query's device cpu, but is on meta",
+    ),
+    "mask on another device": (
+        {"mask": torch.zeros(B, 1, 1, K, dtype=torch.bool, device="meta")},
+        RuntimeError,
+        "mask must be on query's device cpu, but is on meta",
+    ),
+    "sparse bias": (
+        {"bias": zeros(B, H, Q, K).to_sparse()},
+        ValueError,
+        "bias must be a dense strided tensor, but has layout Sparse",
+    ),
+    "sparse mask": (
+        {"mask": zeros(Q, K, dtype=torch.bool).to_sparse()},
+        ValueError,
+        "mask must be a dense strided tensor, but has layout Sparse",
+    ),
     "sparse key": (
         {"key": zeros(B, 2, K, D).to_sparse()},
         ValueError,
@@ -220,7 +240,32 @@ def test_more_batch_dimensions_than_can_be_merged():
     torch_gated_attn.gated_attention(query[0], key[0], value[0], None, bias[0])
     with pytest.raises(ValueError, match="batch dimensions") as raised:
         torch_gated_attn.gated_attention(query, key, value, None, bias)
-    assert "\n" not in str(raised.value).strip()
+    assert str(raised.value).strip() == (
+        "query must have at most 4 batch dimensions after those that every argument walks alike are merged, but 5 remain of "
+        "shape [2, 3, 2, 3, 2, 1, 2, 4]"
+    )
+
+
+TOO_LARGE = {
+    "key of 2^31 positions": (
+        {"key": (1, 2**31, 1), "value": (1, 2**31, 1)},
+        "key must have at most 2147483583 positions, but has shape [1, 2147483648, 1]",
+    ),
+    "head_dim of 2^31": (
+        {"query": (1, 1, 2**31), "key": (1, 1, 2**31)},
+        "query must have at most 2147483583 dimensions per head, but has shape [1, 1, 2147483648]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_sizes_beyond_32_bits(name):
+    """Refused before anything is allocated for it."""
+    shapes, message = TOO_LARGE[name]
+    call = {argument: zeros(1, 1, 1).expand(shapes.get(argument, (1, 1, 1))) for argument in ("query", "key", "value")}
+    with pytest.raises(ValueError, match="at most") as raised:
+        torch_gated_attn.gated_attention(**call)
+    assert str(raised.value).split("\n")[0] == message
 
 
 @pytest.mark.skipif(_C.cuda_version is not None, reason="this build has CUDA kernels")

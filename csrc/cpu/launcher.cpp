@@ -52,14 +52,16 @@ void run_units(int64_t units, int64_t scratch_bytes, const F& f) {
 }
 
 // Positions, heads of a group and dimensions are 32-bit in the kernels, and padded.
-void check_limits(const Problem& p) {
+void check_limits(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - 64;
-  TORCH_CHECK_VALUE(p.q_len <= kMax && p.k_len <= kMax, "query and key must have at most ", kMax, " positions, but have ",
-                    p.q_len, " and ", p.k_len);
-  TORCH_CHECK_VALUE(p.head_dim <= kMax && p.value_dim <= kMax, "query and value must have at most ", kMax,
-                    " as their last dimension, but have ", p.head_dim, " and ", p.value_dim);
-  TORCH_CHECK_VALUE(p.heads / p.kv_heads <= kMax, "query must have at most ", kMax, " heads per head of key, but has ",
-                    p.heads / p.kv_heads);
+  const auto check = [&](const char* name, const at::Tensor& tensor, int64_t size, const char* what) {
+    TORCH_CHECK_VALUE(size <= kMax, name, " must have at most ", kMax, " ", what, ", but has shape ", tensor.sizes());
+  };
+  check("query", query, query.size(-2), "positions");
+  check("key", key, key.size(-2), "positions");
+  check("query", query, query.size(-1), "dimensions per head");
+  check("value", value, value.size(-1), "dimensions per head");
+  check("query", query, query.size(-3) / key.size(-3), "heads per head of key");
 }
 
 // The kernels read a bias of the query's dtype, or float32 beside 16-bit types.
@@ -81,6 +83,7 @@ ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const 
     lse.fill_(-std::numeric_limits<double>::infinity());
     return result;
   }
+  check_limits(query, key, value);
   Operands o;
   o.query = with_contiguous_rows(query), o.key = with_contiguous_rows(key), o.value = with_contiguous_rows(value);
   o.gate = with_dense_rows(tensor_of(gate)), o.bias = readable_bias(bias, query), o.mask = tensor_of(mask);
@@ -88,7 +91,6 @@ ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const 
   // Kernels store rows of dimensions; a result whose head_dim is not innermost is copied into place.
   o.out = with_contiguous_rows(out);
   const Problem p = describe(o, scale, masked_rows);
-  check_limits(p);
 
   const CpuKernels& kernels = cpu_kernels();
   const ForwardSchedule schedule(p, kernels.block(p), lse.element_size(), at::get_num_threads());
@@ -117,6 +119,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
       if (t->defined()) t->zero_();
     return result;
   }
+  check_limits(query, key, value);
   Operands o;
   o.query = with_contiguous_rows(query), o.key = with_contiguous_rows(key), o.value = with_contiguous_rows(value);
   o.gate = with_dense_rows(tensor_of(gate)), o.bias = readable_bias(bias, query), o.mask = tensor_of(mask);
@@ -129,7 +132,6 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   const bool sum_gate = d_gate.defined() && !per_query(d_gate, out);
   o.d_gate = sum_gate ? at::empty(out.sizes(), out.options()) : with_dense_rows(d_gate);
   Problem p = describe(o, scale, masked_rows);
-  check_limits(p);
 
   const CpuKernels& kernels = cpu_kernels();
   const BackwardSchedule schedule(p, d_bias.defined(), kernels.block(p), row_sum.element_size(), at::get_num_threads());
