@@ -21,7 +21,7 @@ from cuda_emulator.bugs import BUGS
 from inputs import assert_identical, draw, evaluate
 from tolerance import Judge
 
-from torch_gated_attn import gated_attention_with_lse
+from torch_gated_attn import explain, gated_attention_with_lse
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64",
@@ -178,7 +178,9 @@ EXPLAINED = [
 def test_choice_of_kernel(library, changes, reason):
     inputs = draw(**{"seed": 1, "dtype": BF16, "batch": (4,), "q": 16, "k": 24, "d": 16, **changes})
     call = harness.Call(library, *inputs.tensors, **inputs.options)
-    assert reason in library.emulator_explain(harness.ctypes.byref(call.problem), 90, 0).decode()
+    chosen = library.emulator_explain(harness.ctypes.byref(call.problem), 90, 0).decode()
+    assert reason in chosen
+    assert explain(*inputs.tensors, **inputs.options, device="sm_90").reason.startswith(chosen)
 
 
 def test_old_architecture_is_refused(library):
