@@ -146,8 +146,9 @@ expected_small = evaluate(gated_attention_with_lse, small)
 def address_space():
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 
-failed = 0
+failed = calls = 0
 for headroom in range(0, 24 << 20, 400 << 10):
+    calls += 1
     resource.setrlimit(resource.RLIMIT_AS, (address_space() + headroom, resource.RLIM_INFINITY))
     try:
         results = evaluate(gated_attention_with_lse, inputs)
@@ -160,7 +161,7 @@ for headroom in range(0, 24 << 20, 400 << 10):
         results = None
     assert_identical(expected_small, evaluate(gated_attention_with_lse, small), headroom)
 assert_identical(expected, evaluate(gated_attention_with_lse, inputs), "the end")
-print(failed)
+print(failed, calls)
 """
 
 
@@ -173,4 +174,5 @@ def test_failed_allocations():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False, env=environment
     )
     assert run.returncode == 0, run.stderr
-    assert 5 <= int(run.stdout) <= 55, f"{run.stdout} of 60 calls failed"
+    failed, calls = map(int, run.stdout.split())
+    assert 0 < failed < calls, f"{failed} of {calls} calls failed: the limits miss the allocations"

@@ -100,11 +100,11 @@ def fate(mutant: Mutant) -> str | None:
         )
     if run.returncode == 0:
         return None
-    failed = re.search(r"^FAILED tests/(\S+)", run.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED tests/(.+?)(?: - |$)", run.stdout, re.MULTILINE)
     if failed:
         return failed.group(1)
     if run.returncode < 0:  # the last test that was named had begun
-        begun = re.findall(r"^tests/(\S+)", run.stdout, re.MULTILINE)
+        begun = re.findall(r"^tests/(.+?)(?: [A-Z]+ +\[|\s*$)", run.stdout, re.MULTILINE)
         return f"{begun[-1]} (signal {-run.returncode})"
     said = run.stdout[-2000:] + run.stderr[-2000:]
     raise SystemExit(f"mutant {mutant.number}: pytest ended with {run.returncode}:\n{said}")
