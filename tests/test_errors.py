@@ -241,8 +241,8 @@ def test_more_batch_dimensions_than_can_be_merged():
     with pytest.raises(ValueError, match="batch dimensions") as raised:
         torch_gated_attn.gated_attention(query, key, value, None, bias)
     assert str(raised.value).strip() == (
-        "query must have at most 4 batch dimensions after those that every argument walks alike are merged, but 5 remain of "
-        "shape [2, 3, 2, 3, 2, 1, 2, 4]"
+        "query must have at most 4 batch dimensions after those that every argument walks alike are merged, but 5 remain "
+        "of shape [2, 3, 2, 3, 2, 1, 2, 4]"
     )
 
 

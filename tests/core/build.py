@@ -35,8 +35,8 @@ def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc:
 
     def compile_one(source: Path) -> Path:
         target = out / f"{source.stem}_{os.getpid()}.o"
-        # immintrin.h of GCC 12 warns of itself; the driver's own warnings are errors.
-        own = ["-Werror"] if source.parent == HERE else ["-w"]
+        # Warnings are errors, but immintrin.h of GCC 12 warns of itself.
+        own = ["-w"] if source.stem.startswith("avx") else ["-Werror"]
         command = [compiler, *FLAGS, *flags, *own, *defines, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

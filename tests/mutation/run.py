@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Builds the library with each mutant, runs the fast part of the suite against it and writes docs/mutation.md.
 
-`python tests/mutation/run.py` needs a built checkout (`python setup.py build_ext --inplace`), whose object files it links;
+`python tests/mutation/run.py` needs a checkout built without CUDA, whose object files it links;
 `python tests/mutation/run.py 3 18` tries these mutants only and writes nothing. A mutant that survives fails the run.
 """
 
@@ -44,9 +44,9 @@ FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", "-DTORC
 
 
 def objects() -> Path:
-    kept = sorted(ROOT.glob(f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}-*/csrc"))
+    kept = list(ROOT.glob(f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}-cpu/csrc"))
     if not kept:
-        raise SystemExit("there are no object files: run `python setup.py build_ext --inplace` first")
+        raise SystemExit("there are no object files: run `TORCH_GATED_ATTN_CUDA=0 python setup.py build_ext --inplace` first")
     return kept[0]
 
 
