@@ -184,8 +184,8 @@ MUTANTS = [
         28,
         "exp2 not clamped below",
         "cpu/vector_math.h",
-        "  x = max(set1<A>(kSmallestExponent<A>), x);  // this order keeps NaN\n",
-        "",
+        "x = max(set1<A>(kSmallestExponent<A>), min(set1<A>(kLargestExponent<A>), x));",
+        "x = min(set1<A>(kLargestExponent<A>), x);",
     ),
     Mutant(
         29,
@@ -213,8 +213,8 @@ MUTANTS = [
         32,
         "a row's bits depend on its neighbours",
         "cpu/forward_block.h",
-        "highest[u] > before ? highest[u] + set1<A>(kHeadroom) : before;",
-        "highest[u] + set1<A>(kHeadroom) > before ? highest[u] + set1<A>(kHeadroom) : before;",
+        "total[u] > set1<A>(1) ? highest + set1<A>(kHeadroom) : before;",
+        "highest + set1<A>(kHeadroom) > before ? highest + set1<A>(kHeadroom) : before;",
     ),
     Mutant(
         33,
