@@ -104,6 +104,20 @@ def test_batch_entries_do_not_know_each_other(dtype, seed):
         assert_identical(alone, {name: result[i : i + 1] for name, result in whole.items()}, f"entry {i}")
 
 
+@pytest.mark.parametrize("row", [0, 7, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_know_each_other(dtype, row):
+    """A row whose logits rise far above the others', key by key, changes no bit of any other row."""
+    inputs = draw(seed=1, dtype=dtype, q=34, k=100, d=16)
+    steep = inputs.bias.clone()
+    steep[..., row, :] = torch.linspace(-40, 40, 100).to(dtype)
+    a, b = results(inputs), results(inputs.replace(bias=steep))
+    others = [i for i in range(34) if i != row]
+    by_row = ("out", "lse", "d_query", "d_gate", "d_bias")
+    assert not torch.equal(a["out"][:, :, row], b["out"][:, :, row])
+    assert_identical(*({name: result[name][:, :, others] for name in by_row} for result in (a, b)), "other rows")
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_appended_masked_keys_change_no_bit(dtype, seed):

@@ -46,9 +46,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", "-DTORC
 def objects() -> Path:
     kept = list(ROOT.glob(f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}-cpu/csrc"))
     if not kept:
-        raise SystemExit(
-            "there are no object files: run `TORCH_GATED_ATTN_CUDA=0 python setup.py build_ext --inplace` first"
-        )
+        raise SystemExit("no object files: run `TORCH_GATED_ATTN_CUDA=0 python setup.py build_ext --inplace` first")
     return kept[0]
 
 
