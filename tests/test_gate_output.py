@@ -91,6 +91,7 @@ def test_gate_half_of_a_projection_gets_its_gradient(device):
     assert (grad[..., 8:] != 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_any_number_of_derivatives(device):
     out, gate = (x[:1, :2, :3, :4].clone().requires_grad_() for x in arguments("full", torch.float64, device))
     head = gate[..., :1].detach().requires_grad_()
@@ -111,6 +112,7 @@ def test_opcheck(device, gate, dtype):
         torch.library.opcheck(OPS._gate_output_backward, (transposed, transposed, gate.detach(), mask))
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("in_dims", [(0, 0), (1, None), (None, 2), (3, 0)])
 def test_vmap(device, in_dims):
     out = draw((3, 3, 3, 3), torch.float64, device, 1)
@@ -123,6 +125,7 @@ def test_vmap(device, in_dims):
     torch.testing.assert_close(grads(gate_output), grads(plain))
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, 0), (None, None, 2)])
 def test_vmap_of_the_backward(device, in_dims):
     """Gradients have the shape of their input, also where the gate has fewer dimensions than out."""

@@ -165,6 +165,7 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(compiled(*inputs.tensors), gated_attention(*inputs.tensors, **structure))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_func_transforms_take_the_operator():
     inputs, structure = make("cpu", torch.float32, **CALLS["causal"])
     query, key, value, gate, *_ = inputs.tensors
