@@ -23,9 +23,8 @@ def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc:
     """Path of the driver with the kernels of these instruction sets."""
     sources = [*(csrc / "cpu" / f"{name}.cpp" for name in sets), HERE / "driver.cpp", HERE / "call.cpp"]
     digest = hashlib.sha256(" ".join([compiler, *flags, *sets]).encode())
-    for path in sorted([*(csrc / "cpu").glob("*.*"), csrc / "problem.h", *HERE.glob("*.*")]):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.read_bytes())
+    for path in [*sources, *sorted([*(csrc / "cpu").glob("*.h"), csrc / "problem.h", *HERE.glob("*.h")])]:
+        digest.update(path.read_bytes())
     out = Path(tempfile.gettempdir()) / f"torch_gated_attn_core_{os.getuid()}" / digest.hexdigest()[:16]
     program = out / "driver"
     if program.exists():
