@@ -12,8 +12,10 @@ namespace torch_gated_attn::cuda {
 template <class T>
 class BiasRows {
  public:
-  TGA_DEVICE BiasRows(const Operand& bias, const void* data, int first_row, int q_len, float inverse_scale)
-      : inverse_scale_(inverse_scale) {
+  // `shared`: where the pointers go if the tile keeps such things in shared memory.
+  TGA_DEVICE BiasRows(const Operand& bias, const void* data, int first_row, int q_len, float inverse_scale,
+                      uint32_t shared = 0)
+      : inverse_scale_(inverse_scale), kept_(shared) {
     const Lane lane = this_lane();
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
@@ -23,6 +25,19 @@ class BiasRows {
         // Rows past the end repeat the last: their results are never stored.
         rows_[m][i] = static_cast<const Element*>(data) + (row < q_len ? row : q_len - 1) * bias.row + lane.pair * 2;
       }
+    }
+    if constexpr (kInShared) {
+      kept_.put(rows_[0][0], rows_[0][1]);
+    }
+  }
+
+  // Before the loads of a tile.
+  TGA_DEVICE void begin_tile() {
+    if constexpr (kInShared) {
+      const char *first, *second;
+      kept_.get(first, second);
+      rows_[0][0] = reinterpret_cast<const Element*>(first);
+      rows_[0][1] = reinterpret_cast<const Element*>(second);
     }
   }
 
@@ -66,14 +81,18 @@ class BiasRows {
     }
   }
 
+  static constexpr bool kInShared = T::kStationaryInShared && T::kRowTiles == 1;
+
   const Element* rows_[T::kRowTiles][2];
   float inverse_scale_;
+  PrivatePointers<T::kThreads, kInShared> kept_;
 };
 
 // In place of BiasRows where the bias is not an operand of the product.
 template <class T>
 struct NoBias {
-  TGA_DEVICE NoBias(const Operand&, const void*, int, int, float) {}
+  TGA_DEVICE NoBias(const Operand&, const void*, int, int, float, uint32_t = 0) {}
+  TGA_DEVICE void begin_tile() {}
 };
 template <class T>
 using FragmentBias = std::conditional_t<T::kBiasFragments, BiasRows<T>, NoBias<T>>;

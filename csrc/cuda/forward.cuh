@@ -19,7 +19,9 @@ struct ForwardBlock {
   using Plan = TilePlan<T::kGroup, T::kBlock, T::kThreads>;
   using Ring = KeyValueRing<T, Plan, 1, T::kThreads>;
   using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kSteps, T::kThreads, T::kStationaryInShared>;
-  static constexpr uint32_t kSharedBytes = Plan::kBytes + Ring::kBytes + Queries::kBytes;
+  static constexpr uint32_t kRingBytes = Ring::kBytes + Ring::Pointers::kBytes;
+  // The pointers of the bias come last.
+  static constexpr uint32_t kSharedBytes = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;
 };
 
 // What a block works on.
@@ -176,7 +178,7 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
   const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
 
   RowState<T> state[T::kGroup];
-  typename Block::Queries queries(dev::shared_base() + Block::Plan::kBytes + Block::Ring::kBytes);
+  typename Block::Queries queries(dev::shared_base() + Block::Plan::kBytes + Block::kRingBytes);
   TGA_UNROLL
   for (int r = 0; r < T::kGroup; ++r) {
     const uint16_t* data =
@@ -199,9 +201,10 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
   ring.point_at(p, static_cast<const uint16_t*>(p.key.data) + p.key.offset(place.slab, place.first_row, kv_head),
                 static_cast<const uint16_t*>(p.value.data) + p.value.offset(place.slab, place.first_row, kv_head));
   constexpr bool kFloatBias = T::kBias == BiasAccess::kFloat;
-  const FragmentBias<T> bias_rows(p.bias,
-                                  element(p.bias.data, p.bias.offset(place.slab, place.first_row, place.head), kFloatBias),
-                                  first_query, p.q_len, 1.0f / fabsf(p.scale));
+  FragmentBias<T> bias_rows(p.bias,
+                            element(p.bias.data, p.bias.offset(place.slab, place.first_row, place.head), kFloatBias),
+                            first_query, p.q_len, 1.0f / fabsf(p.scale),
+                            dev::shared_base() + Block::Plan::kBytes + Block::kRingBytes + Block::Queries::kBytes);
   const GeneralLogits<T::kType> logits(p, place.slab, place.first_row, place.head);
   KeyMask mask = {nullptr, p.mask.batch_row, p.mask.col};
   if (p.mask.data != nullptr && (!T::kGeneral || p.mask.row == 0)) {
@@ -231,6 +234,7 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
     const auto visit = [&](int i, auto masked) {
       const uint32_t key = plan.key(i);
       float bias[T::kSubtiles][T::kRowTiles][4];
+      bias_rows.begin_tile();
       if constexpr (T::kBiasFragments) {
         TGA_UNROLL
         for (int n = 0; n < T::kSubtiles; ++n) {

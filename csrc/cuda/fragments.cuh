@@ -131,6 +131,33 @@ class PrivateFragments {
   Word4 kept_[kInShared ? 1 : kCount][kSteps];
 };
 
+// Two pointers that are needed once per tile: in registers or in shared memory, as PrivateFragments.
+template <int kThreads, bool kInShared>
+class PrivatePointers {
+ public:
+  static constexpr uint32_t kBytes = kInShared ? kThreads * 16 : 0;
+
+  TGA_DEVICE explicit PrivatePointers(uint32_t shared) : at_(shared + dev::thread_index() * 16) {}
+
+  TGA_DEVICE void put(const void* first, const void* second) {
+    const uint64_t a = reinterpret_cast<uint64_t>(first), b = reinterpret_cast<uint64_t>(second);
+    kept_ = {static_cast<uint32_t>(a), static_cast<uint32_t>(a >> 32), static_cast<uint32_t>(b),
+             static_cast<uint32_t>(b >> 32)};
+    if constexpr (kInShared) {
+      dev::store_shared(at_, kept_);
+    }
+  }
+  TGA_DEVICE void get(const char*& first, const char*& second) const {
+    const Word4 words = kInShared ? dev::load_shared<Word4>(at_) : kept_;
+    first = reinterpret_cast<const char*>(words.x | static_cast<uint64_t>(words.y) << 32);
+    second = reinterpret_cast<const char*>(words.z | static_cast<uint64_t>(words.w) << 32);
+  }
+
+ private:
+  uint32_t at_;
+  Word4 kept_ = {};
+};
+
 // Negates both halves of every word: a negative scale is folded into the operand that stays in registers.
 template <int kSteps>
 TGA_DEVICE void negate(uint32_t (&fragment)[kSteps][4]) {

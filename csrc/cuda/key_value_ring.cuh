@@ -15,10 +15,12 @@ class KeyValueRing {
  public:
   static constexpr uint32_t kStageBytes = kRows * 2 * T::kTileBytes;
   static constexpr uint32_t kBytes = T::kStages * kStageBytes;
+  using Pointers = PrivatePointers<kThreads, T::kStationaryInShared>;
 
   // `thread` counts within the threads that share this ring; stages are `stride` bytes apart.
   TGA_DEVICE KeyValueRing(const AttentionParams& p, int thread, uint32_t base, uint32_t stride = kStageBytes)
-      : copy_(thread),
+      : start_(base + kBytes),
+        copy_(thread),
         base_(base),
         stride_(stride),
         key_bytes_(chunk_bytes(copy_.chunk, p.head_dim)),
@@ -28,14 +30,14 @@ class KeyValueRing {
 
   // The batch row that tiles count from.
   TGA_DEVICE void point_at(const AttentionParams& p, const uint16_t* key, const uint16_t* value) {
-    key_ = reinterpret_cast<const char*>(key + copy_.row * p.key.row + copy_.chunk * 8);
-    value_ = reinterpret_cast<const char*>(value + copy_.row * p.value.row + copy_.chunk * 8);
+    start_.put(key + copy_.row * p.key.row + copy_.chunk * 8, value + copy_.row * p.value.row + copy_.chunk * 8);
   }
 
   // The tile the next copies bring: the one that begins at `key` of the panel, of the first batch row.
   TGA_DEVICE void begin_tile(const AttentionParams& p, const Plan& plan, int panel, uint32_t key, int plan_row) {
-    tile_key_ = key_ + row_offset<T::kGeneral>(panel + key, p.key.row);
-    tile_value_ = value_ + row_offset<T::kGeneral>(panel + key, p.value.row);
+    start_.get(tile_key_, tile_value_);
+    tile_key_ += row_offset<T::kGeneral>(panel + key, p.key.row);
+    tile_value_ += row_offset<T::kGeneral>(panel + key, p.value.row);
     tile_bits_ = plan.bits_address(plan_row, key) + (Copy::kRowsPerPass > 32 ? copy_.row / 32 * 4 : 0);
   }
   TGA_DEVICE void next_batch_row(const AttentionParams& p) {
@@ -75,12 +77,13 @@ class KeyValueRing {
     return stage;
   }
 
+  Pointers start_;  // of this thread's chunks of the first key
   const Copy copy_;
   const uint32_t base_, stride_;
   const int key_bytes_, value_bytes_;
   const uint32_t key_bit_, value_bit_;  // this thread's row in a word of mask bits; 0 for a chunk past the row's end
   uint32_t write_ = 0, read_ = 0, tile_bits_ = 0;
-  const char *key_ = nullptr, *value_ = nullptr, *tile_key_ = nullptr, *tile_value_ = nullptr;
+  const char *tile_key_ = nullptr, *tile_value_ = nullptr;
 };
 
 }  // namespace torch_gated_attn::cuda
