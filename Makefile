@@ -62,7 +62,7 @@ $(TORCH): | $(BIN)/python
 
 # mypy reads torch's types, so the linters share the environment.
 $(TOOLS): pyproject.toml $(TORCH)
-	$(BIN)/pip install 'setuptools>=77.0.3' ninja 'cmake>=3.18' pytest numpy hypothesis onnx onnxscript onnxruntime matplotlib ruff mypy clang-format
+	$(BIN)/pip install 'setuptools>=77.0.3' ninja 'cmake>=3.18' pytest numpy hypothesis onnx onnxscript onnxruntime matplotlib typer rich ruff mypy clang-format
 	touch $@
 
 $(BUILT): $(SOURCES) $(TOOLS)

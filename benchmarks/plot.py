@@ -11,8 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # before pyplot: no display needed
 import matplotlib.pyplot as plt
-from report import COLORS, Comparison
+from report import COLORS
 from share import Share
+
+from torch_gated_attn._bench.comparison import Comparison
 
 
 def write_plot(

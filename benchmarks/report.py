@@ -6,52 +6,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import Timing
 from share import Share
 
+from torch_gated_attn._bench.comparison import Comparison
+
 COLORS = {"float32": "#0b6e99", "bfloat16": "#e08e45"}
-
-
-@dataclass
-class Comparison:
-    """One workload, dtype and direction over all paths."""
-
-    workload: str
-    title: str
-    shape: str
-    dtype: str
-    direction: str
-    timings: dict[str, Timing]
-
-    def fastest_peer(self) -> str | None:
-        peers = [name for name, timing in self.timings.items() if name != "operator" and not timing.error]
-        return min(peers, key=lambda name: self.timings[name].best, default=None)
-
-    def ratio(self, statistic: str = "best") -> float:
-        """Time of the fastest peer over ours, both by the same statistic ("best" or "middle")."""
-        peer = self.fastest_peer()
-        if peer is None:
-            return float("nan")
-        return float(getattr(self.timings[peer], statistic) / getattr(self.timings["operator"], statistic))
-
-    def as_json(self) -> dict[str, Any]:
-        paths = {
-            name: {"error": t.error} if t.error else {"min": t.best, "median": t.middle, "seconds": t.seconds}
-            for name, t in self.timings.items()
-        }
-        own = {"workload": self.workload, "title": self.title, "shape": self.shape, "dtype": self.dtype}
-        return {
-            **own,
-            "direction": self.direction,
-            "paths": paths,
-            "fastest_peer": self.fastest_peer(),
-            "ratio_min": self.ratio(),
-            "ratio_median": self.ratio("middle"),
-        }
 
 
 def print_header(machine: Mapping[str, Any], peaks: Mapping[str, float], paths: list[str]) -> None:

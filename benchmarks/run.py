@@ -18,16 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
-import memory
-import peers
 import plot
 import report
 import torch
-from measure import DIRECTIONS, differences, interleaved, timed, timed_on_gpu
-from report import Comparison
 from share import Peak, Share, measure_shares
-from workloads import DTYPES, WORKLOADS, Workload, load, make_inputs
+
+from torch_gated_attn._bench import machine, memory, peers
+from torch_gated_attn._bench.comparison import Comparison, compare
+from torch_gated_attn._bench.measure import DIRECTIONS, differences
+from torch_gated_attn._bench.workloads import DTYPES, WORKLOADS, Workload, load, make_inputs
 
 RESULTS = Path(__file__).with_name("results")
 SAMPLE_BATCH = 4  # per batch dimension, for the comparison with float64, whose scores are large
@@ -80,15 +79,13 @@ def choose(names: str, file: Path, device: str) -> list[Workload]:
     return [known[name] for name in chosen]
 
 
-def compare(workload: Workload, dtype: str, arguments: argparse.Namespace) -> list[Comparison]:
+def compare_all(workload: Workload, dtype: str, arguments: argparse.Namespace) -> list[Comparison]:
     inputs = make_inputs(workload, DTYPES[dtype], device=arguments.device)
-    timer = timed_on_gpu if arguments.device == "cuda" else timed
     found = []
-    for direction, run in DIRECTIONS.items():
+    for direction in DIRECTIONS:
         paths = peers.paths(not arguments.no_compile, arguments.device)
-        calls = {name: (lambda path=path, run=run: run(path, inputs)) for name, path in paths.items()}
-        timings = interleaved(calls, arguments.repeat, arguments.path_limit, timer)
-        found.append(Comparison(workload.name, workload.title, workload.describe(), dtype, direction, timings))
+        limits = {"repeat": arguments.repeat, "path_limit": arguments.path_limit}
+        found.append(compare(workload, dtype, direction, paths, inputs, **limits))
         report.print_comparison(found[-1])
     sys.stdout.flush()
     return found
@@ -97,7 +94,7 @@ def compare(workload: Workload, dtype: str, arguments: argparse.Namespace) -> li
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     (workload,) = [w for w in load(arguments.workload_file, "batch") if w.name == MEMORY_WORKLOAD]
     names = peers.paths(with_compile=not arguments.no_compile)
-    used = {name: memory.measure(name, workload, MEMORY_DTYPE, arguments.workload_file) for name in names}
+    used = {name: memory.measure(name, workload, MEMORY_DTYPE) for name in names}
     needed = memory.needed_mib(workload, MEMORY_DTYPE)
     report.print_memory(f"{MEMORY_WORKLOAD}, {MEMORY_DTYPE}, {workload.describe()}", needed, used)
     return {
@@ -111,8 +108,6 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    import torch_gated_attn  # noqa: F401  # registers the operator
-
     torch.set_num_threads(arguments.threads)
     chosen = choose(arguments.workloads, arguments.workload_file, arguments.device)
     measure_all = arguments.workloads == "all" and arguments.device == "cpu"
@@ -130,7 +125,7 @@ def main() -> None:
             sample = make_inputs(workload.cut(SAMPLE_BATCH), DTYPES[dtype], device=arguments.device)
             uncompiled = peers.paths(with_compile=False)  # those that run everywhere
             errors[f"{workload.name} {dtype}"] = {name: differences(path, sample) for name, path in uncompiled.items()}
-            comparisons += compare(workload, dtype, arguments)
+            comparisons += compare_all(workload, dtype, arguments)
     report.print_differences(errors)
     shares: list[Share] = []
     if peak:

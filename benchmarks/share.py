@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measure import timed
-from peers import operator
-from workloads import DTYPES, Workload, make_inputs
+
+from torch_gated_attn._bench.measure import timed
+from torch_gated_attn._bench.peers import operator
+from torch_gated_attn._bench.workloads import DTYPES, Workload, make_inputs
 
 HEAD_DIMS = (8, 16, 32, 64)
 # Triangle attention of a training crop; 16 batch rows, as T1's 64 only take longer on one thread.

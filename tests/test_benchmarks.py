@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torch_gated_attn._bench import peers, peers_cuda, workloads
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 TINY = {
@@ -167,9 +169,7 @@ def triangle_attention_like_trifast(query, key, value, bias, left_out):
 
 
 @pytest.mark.parametrize("entry", TINY["workloads"], ids=lambda entry: entry["id"])
-def test_peers_of_a_gpu_compute_the_same_on_a_cpu(entry, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    peers, peers_cuda, workloads = map(pytest.importorskip, ("peers", "peers_cuda", "workloads"))
+def test_peers_of_a_gpu_compute_the_same_on_a_cpu(entry, tmp_path):
     (tmp_path / "one.json").write_text(json.dumps({"workloads": [entry]}))
     (workload,) = workloads.load(tmp_path / "one.json")
     tensors = [None if t is None else t.detach() for t in workloads.make_inputs(workload, torch.float32).tensors]
@@ -189,15 +189,12 @@ def test_peers_of_a_gpu_compute_the_same_on_a_cpu(entry, monkeypatch, tmp_path):
 def test_shares_count_attended_keys_only(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     share = pytest.importorskip("share")
-    workloads = pytest.importorskip("workloads")
     inputs = workloads.make_inputs(share.TRIANGLE, workloads.DTYPES["float32"])
     live = round(256 * (1 - workloads.MASKED_SHARE))
     assert share.TRIANGLE.attended_pairs(inputs.mask) == 16 * 4 * 256 * live
 
 
-def test_every_listed_workload_has_consistent_shapes(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    workloads = pytest.importorskip("workloads")
+def test_every_listed_workload_has_consistent_shapes():
     for workload in workloads.load():
         row = workload.cut(1)
         inputs = workloads.make_inputs(row, workloads.DTYPES["float32"])

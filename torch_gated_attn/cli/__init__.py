@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: one module per subcommand, which adds its parser and sets `run`, a function of the parsed arguments
-that returns the exit code."""
+"""The command line, `python -m torch_gated_attn`. It needs typer and rich, which the library itself does not."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 
-from .. import __version__
-from . import selftest
-
-COMMANDS = (selftest,)
+NEEDS = 'the command line needs typer and rich, and {name} is not installed: pip install "torch-gated-attn[cli]"'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m torch_gated_attn", description="Gated attention for PyTorch.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in COMMANDS:
-        command.add_parser(commands)
-    parsed = parser.parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = parsed.run
-    return run(parsed)
+    """Run a command; the exit code is 0, 1 where the command found something wrong, or 2 where it could not run."""
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in ("typer", "rich"):
+            raise
+        print(NEEDS.format(name=missing), file=sys.stderr)
+        return 2
+    try:
+        app(arguments, prog_name="python -m torch_gated_attn")
+    except SystemExit as end:  # how typer returns
+        return end.code if isinstance(end.code, int) else 0
+    return 0

@@ -7,7 +7,6 @@ Every instruction set and device computes a few calls, forward and backward, in 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -119,7 +118,7 @@ def check_device(device: str) -> list[Row]:
 def start(device: str, capability: str | None) -> subprocess.Popen[str]:
     """A process of its own, because the instruction set is chosen once per process, and so that a crash is a row too."""
     environment = {**os.environ, **({VARIABLE: capability} if capability else {})}
-    command = [sys.executable, "-m", "torch_gated_attn", "selftest", "--device", device, "--json"]
+    command = [sys.executable, "-m", __name__, device]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -140,28 +139,22 @@ def devices() -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
-def run(arguments: argparse.Namespace) -> int:
-    if arguments.device:
-        rows = check_device(arguments.device)
-        print(json.dumps([dataclasses.asdict(row) for row in rows]) if arguments.json else "\n".join(map(str, rows)))
+def run(device: str | None, as_json: bool) -> int:
+    """Print the table and return the exit code: 1 if a row is wrong. `device` is looked at in this process; None is all."""
+    if device:
+        rows = check_device(device)
+        print(json.dumps([dataclasses.asdict(row) for row in rows]) if as_json else "\n".join(map(str, rows)))
     else:
         started = [("cpu", name, start("cpu", name)) for name in _C.cpu_capabilities]
         started += [(name, name, start(name, None)) for name in devices()]
         print(f"{'device':8}{'kernels':28}{'dtype':10}{'error':>8}  result")
         rows = []
-        for device, kernels, process in started:
-            rows += (found := collect(process, device, kernels))
+        for where, kernels, process in started:
+            rows += (found := collect(process, where, kernels))
             print("\n".join(map(str, found)), flush=True)
         print("error: the largest of forward and backward, over that of plain PyTorch in the same dtype")
     return 0 if all(row.verdict in ("ok", "not on this machine") for row in rows) else 1
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "selftest",
-        help="compare this build, on every instruction set and device, with float64",
-        description="Compares this build with float64 on every instruction set and device here. Exit code 1: it is wrong.",
-    )
-    parser.add_argument("--device", help="this device only, in this process, e.g. cpu or cuda:0")
-    parser.add_argument("--json", action="store_true", help="with --device: print rows of JSON")
-    parser.set_defaults(run=run)
+if __name__ == "__main__":
+    raise SystemExit(run(sys.argv[1], as_json=True))

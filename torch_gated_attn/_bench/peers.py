@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import peers_cuda
 import torch
 from torch import Tensor
 
+from . import peers_cuda
+
 Path = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor]
+
+COMPILED = ("compile", "flex")  # only with a compiler
 
 MASKED_LOGIT = -1e9  # AlphaFold's; unlike -inf it needs no care for rows without a key
 
@@ -27,20 +30,20 @@ def eager(
     heads, kv_heads = query.size(-3), key.size(-3)
     query = query * query.size(-1) ** -0.5
     # Grouped heads become further queries of their key: no copy of key and value, the fastest plain form.
-    grouped = query.unflatten(-3, (kv_heads, heads // kv_heads)).flatten(-3, -2) if kv_heads != heads else query
+    grouped = torch.unflatten(query, -3, (kv_heads, heads // kv_heads)).flatten(-3, -2) if kv_heads != heads else query
     scores = torch.matmul(grouped, key.transpose(-1, -2))
     if kv_heads != heads:
-        scores = scores.unflatten(-2, (heads // kv_heads, -1)).flatten(-4, -3)  # [*, H, Q, K]
+        scores = torch.unflatten(scores, -2, (heads // kv_heads, -1)).flatten(-4, -3)  # [*, H, Q, K]
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         scores = torch.where(mask, scores, MASKED_LOGIT)
     weights = torch.softmax(scores, -1)
     if kv_heads != heads:
-        weights = weights.unflatten(-3, (kv_heads, heads // kv_heads)).flatten(-3, -2)
+        weights = torch.unflatten(weights, -3, (kv_heads, heads // kv_heads)).flatten(-3, -2)
     out = torch.matmul(weights, value)
     if kv_heads != heads:
-        out = out.unflatten(-2, (heads // kv_heads, -1)).flatten(-4, -3)
+        out = torch.unflatten(out, -2, (heads // kv_heads, -1)).flatten(-4, -3)
     return out if gate is None else out * torch.sigmoid(gate)
 
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from peers import Path, eager
-from workloads import Inputs
+
+from .peers import Path, eager
+from .workloads import Inputs
 
 SHORT_SECONDS = 0.02  # a run shorter than this is repeated within its turn: caches and clocks settle on one path
 TURN_CALLS = 5
@@ -59,14 +60,19 @@ def timed_on_gpu(call: Callable[[], None]) -> float:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], None]],
+    calls: Mapping[str, Callable[[], None]],
     repeat: int,
     path_limit: float,
     timer: Callable[[Callable[[], None]], float] = timed,
+    before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """One untimed call each, then `repeat` turns; a path stops after two turns once it has used `path_limit` seconds."""
+    """One untimed call each, then `repeat` turns; a path stops after two turns once it has used `path_limit` seconds.
+
+    `before` is called with the name of each path before each of its 1 + `repeat` turns, also those it is left out of.
+    """
     timings = {name: Timing() for name in calls}
     for name, call in calls.items():
+        before(name)
         try:
             call()  # compilation, thread start, page faults
         except Exception as error:  # a peer that cannot run this workload is a finding, not a reason to stop
@@ -75,6 +81,7 @@ def interleaved(
             timings[name].error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     for turn in range(repeat):
         for name, call in calls.items():
+            before(name)
             timing = timings[name]
             if timing.error or (turn >= 2 and sum(timing.seconds) > path_limit):
                 continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The shapes of workloads.json as tensors."""
+"""The shapes of workloads.json, or others, as tensors."""
 
 from __future__ import annotations
 
