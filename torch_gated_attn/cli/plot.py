@@ -37,7 +37,9 @@ def write(file: Path, about: str, results: list[Result]) -> None:
 def _bars(axes: Any, values: dict[str, float], title: str, unit: str) -> None:
     names, colors = [PATHS[path] for path in values], [COLORS[path] for path in values]
     bars = axes.barh(names, list(values.values()), color=colors, height=0.65)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=3, fontsize=8)
+    axes.bar_label(
+        bars, [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values.values()], padding=3, fontsize=8
+    )
     axes.invert_yaxis()  # the operator on top
     axes.margins(x=0.2)  # room for the numbers
     axes.set_title(title, fontsize=9)
