@@ -6,6 +6,7 @@
 #   make demo    the worked example          make bench   the measurements of the README
 #   make test    the tests                   make lint    format, style and type checks
 #   make sass    what the compiler made of the CUDA kernels, against their budgets; needs nvcc, no GPU
+#   make docs    the site, in build/site     make dist    source archive and wheel, checked, in dist/
 #
 # TORCH_VERSION=2.12.* takes another PyTorch, PYTHON=python3.12 another Python, TORCH_INDEX=URL another package index for torch
 # (https://download.pytorch.org/whl/cpu: a torch without CUDA), JOBS=1 one compiler at a time. ARGS is passed on.
@@ -30,7 +31,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # What runs here needs the CUDA kernels, minutes of compilation, only where there is a device.
 export TORCH_GATED_ATTN_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 
-.PHONY: demo test bench lint sass clean
+.PHONY: demo test bench lint sass docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -51,6 +52,19 @@ lint: $(TOOLS)
 # The torch of a GPU build brings Triton, and with it the disassembler.
 sass: $(TORCH)
 	MAX_JOBS=$(JOBS) $(BIN)/python benchmarks/sass_report.py $(ARGS)
+
+docs: $(TOOLS)
+	$(BIN)/pip install mkdocs-material 'mkdocstrings[python]' latex2mathml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Without isolation, which would compile against another torch; the wheel is made from the source archive.
+dist: $(BUILT)
+	$(BIN)/pip install build twine check-wheel-contents
+	rm -rf dist
+	MAX_JOBS=$(JOBS) $(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents --toplevel torch_gated_attn dist/*.whl
+	$(BIN)/python tests/wheel_contents.py dist/*.whl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

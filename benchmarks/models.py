@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from measure import interleaved
-from memory import RESET_PEAK, peak_resident_mib
 from torch import Tensor, nn
 
+from torch_gated_attn._bench import machine
+from torch_gated_attn._bench.measure import interleaved
+from torch_gated_attn._bench.memory import RESET_PEAK, peak_resident_mib
 from torch_gated_attn.integrations import patch
 
 RESULTS = Path(__file__).with_name("results") / "models.json"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The Python examples of the README and of docs/pytorch.md."""
+"""The Python examples of the README and of docs/."""
 
 from __future__ import annotations
 

@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from wheel_contents import problems
 
 import torch_gated_attn
 from torch_gated_attn import _C
@@ -138,7 +140,42 @@ def test_source_distribution_is_complete_and_needs_no_network(tmp_path: Path) ->
     for folder in ("csrc", "tests", "torch_gated_attn", "cmake"):
         wanted = {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
         assert wanted <= names, sorted(wanted - names)
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CMakeLists.txt"} <= names
+    top = {
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "CMakeLists.txt",
+        "mkdocs.yml",
+        "CITATION.cff",
+        "SECURITY.md",
+    }
+    assert top <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_what_a_wheel_must_not_hold_is_noticed(tmp_path: Path) -> None:
+    wheel = tmp_path / "torch_gated_attn-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("torch_gated_attn/_C.so", "torch_gated_attn/lib/libtorch_cpu.so", "tests/test_build.py"):
+            archive.writestr(name, "")
+    said = "\n".join(problems(wheel))
+    for text in (
+        "libtorch_cpu.so is a library of",
+        "tests/test_build.py does not belong",
+        "py.typed is missing",
+        "licence",
+    ):
+        assert text in said
+    assert "tests is installed beside the package" in said
+    assert "must be tagged with the Python" in said
+    assert "must have one library" in said
+
+
+def test_versions_of_the_citation_and_the_package_agree() -> None:
+    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None
+    assert version.group(1) == torch_gated_attn.__version__
 
 
 def test_wheel_works_in_a_new_environment(tmp_path: Path) -> None:
@@ -151,6 +188,7 @@ def test_wheel_works_in_a_new_environment(tmp_path: Path) -> None:
     subprocess.run(wheel, env=no_network, check=True, capture_output=True, timeout=3000)
     (built,) = tmp_path.glob("*.whl")
     assert "linux" in built.name or not sys.platform.startswith("linux")
+    assert not problems(built, "cuda" if _C.cuda_version else "cpu")
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)], check=True)
     python = venv / "bin" / "python"
@@ -166,7 +204,7 @@ def test_wheel_works_in_a_new_environment(tmp_path: Path) -> None:
 
     expected = [torch_gated_attn.__version__, str(venv / "only/torch_gated_attn/__init__.py")]
     assert run("-c", program).split() == expected
-    assert run("-m", "torch_gated_attn", "selftest", "--device", "cpu").count("ok") == 4
+    assert run("-m", "torch_gated_attn.cli.selftest", "cpu").count('"ok"') == 4
 
 
 @pytest.mark.parametrize(

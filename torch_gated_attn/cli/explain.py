@@ -30,9 +30,6 @@ def explain(
     device: Annotated[str | None, typer.Option(help="cpu, or an architecture such as sm_90, here or not.")] = None,
 ) -> None:
     """Which kernel a shape takes, forward and backward, and why. Computes nothing."""
-    explain_call = getattr(torch_gated_attn, "explain", None)
-    if explain_call is None:
-        raise typer.BadParameter(f"version {torch_gated_attn.__version__} of torch_gated_attn has no explain()")
     console = Console(highlight=False)
     for workload in shape.workloads(names, batch, heads, kv_heads, q, k, head_dim, bias, gate):
         for name in shape.dtypes(dtype):
@@ -40,7 +37,7 @@ def explain(
             tensors = meta_tensors(workload, DTYPES[name])
             differentiable = [given for given in ("query", "key", "value", "gate", "bias") if tensors[given] is not None]
             for direction, grad in (("forward", []), ("backward", differentiable)):
-                found = explain_call(**tensors, grad=grad, device=device or default_device())
+                found = torch_gated_attn.explain(**tensors, grad=grad, device=device or default_device())
                 console.print(f"  {direction:9} {found.device}: [cyan]{found.kernel}[/], {escape(found.reason)}")
                 for fact, value in found.details.items():
                     console.print(f"            {fact}: {value}", markup=False)
