@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 import torch_gated_attn
 
@@ -36,11 +37,13 @@ def explain(
             console.print(f"[bold]{workload.name}[/] {name}, {workload.describe()}")
             tensors = meta_tensors(workload, DTYPES[name])
             differentiable = [given for given in ("query", "key", "value", "gate", "bias") if tensors[given] is not None]
+            table = Table.grid(padding=(0, 2))  # so that a long reason wraps beside its direction
             for direction, grad in (("forward", []), ("backward", differentiable)):
                 found = torch_gated_attn.explain(**tensors, grad=grad, device=device or default_device())
-                console.print(f"  {direction:9} {found.device}: [cyan]{found.kernel}[/], {escape(found.reason)}")
-                for fact, value in found.details.items():
-                    console.print(f"            {fact}: {value}", markup=False)
+                facts = "".join(f"\n{fact}: {value}" for fact, value in found.details.items())
+                reason = f"{found.device}: [cyan]{found.kernel}[/], {escape(found.reason + facts)}"
+                table.add_row("", direction, reason)
+            console.print(table)
 
 
 def default_device() -> str:
@@ -50,7 +53,7 @@ def default_device() -> str:
     return f"sm_{major}{minor}"
 
 
-def meta_tensors(workload: Workload, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+def meta_tensors(workload: Workload, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of a call of this shape, without memory."""
     w = workload
     query, key = [*w.batch, w.heads, w.q_len, w.head_dim], [*w.batch, w.kv_heads, w.k_len, w.head_dim]

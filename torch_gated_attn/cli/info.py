@@ -37,7 +37,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *facts["versions"].items(),
         ("built with", f"torch {build['torch']}, {build['compiler']}, CUDA kernels: {build['cuda'] or 'none'}"),
         ("instruction sets", f"{', '.join(build['instruction_sets'])}; in use: {facts['instruction_set']}"),
-        ("processor", f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads used by torch"),
+        ("processor", f"{facts['cpu']}, {facts['cores']} cores, threads of torch: {facts['threads']}"),
         ("CUDA devices", "; ".join(devices) or "none that torch can use"),
         ("system", facts["system"]),
         ("environment", environment or "no variable of TORCH_GATED_ATTN_, OMP_ or MKL_ is set"),

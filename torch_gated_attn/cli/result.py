@@ -41,7 +41,8 @@ def result_table(result: Result) -> Table:
     kind = "gated" if w.gated else "no gate"
     caption = f"Fastest of the turns; {kind}, the mask hides a tenth of the keys."
     if result.memory_mib:
-        caption += f" Memory: growth of the peak in a step, {result.needed_mib:.1f} MiB of it results and gradients."
+        # Less than the results where they fit into memory that the process already has.
+        caption += f" Memory: how far a step raises the peak; its results and gradients have {result.needed_mib:.1f} MiB."
     table = Table(
         title=f"{w.name}: {w.title}\n{result.dtype}, {w.describe()}",
         caption=caption,
