@@ -51,7 +51,7 @@ def timed(call: Callable[[], None]) -> float:
 
 def timed_on_gpu(call: Callable[[], None]) -> float:
     """From event to event on the current stream: what the GPU took, and the launches where those are slower."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call()
     end.record()

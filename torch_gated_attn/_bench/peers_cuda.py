@@ -28,7 +28,7 @@ def with_one_batch_dimension(path: Path) -> Path:
             return None if tensor is None else tensor.expand(*batch, *tensor.shape[-3:]).flatten(0, -4)
 
         out = path(*map(flat, (query, key, value, *others)))
-        return out.unflatten(0, batch)
+        return torch.unflatten(out, 0, batch)
 
     return flattened
 

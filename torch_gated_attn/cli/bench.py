@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -47,22 +46,24 @@ def bench(
     if show_list:
         console.print(workload_table(load()))
         return
-    if (device == "cuda" and not torch.cuda.is_available()) or device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"--device must be cpu, or cuda where torch can use one, but is {device}")
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, but is {device}")
+    if device == "cuda" and (missing := machine.why_no_gpu()):
+        raise typer.BadParameter(f"--device cuda needs {missing}")
     if png_file is not None:
         plot = _plot()  # says what to install before anything is measured
     cases = [
         (workload, name)
-        for workload in shape.workloads(names, batch, heads, kv_heads, q, k, head_dim, bias, gate)
+        for workload in shape.workloads(names, batch, heads, kv_heads, q, k, head_dim, bias, gate, device)
         for name in shape.dtypes(dtype)
     ]
-    facts = machine.describe()
-    processor = facts["cpu"] if device == "cpu" else facts["cuda_devices"][torch.cuda.current_device()]["name"]
+    facts = machine.describe(device)
+    processor = facts["cpu"] if device == "cpu" else facts["gpu"]["name"]
     threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
     about = f"{processor}, {threads}, {facts['instruction_set']}" if device == "cpu" else processor
     about += f", torch {facts['versions']['torch']}"
     console.print(about)
-    paths = [name for name in PATHS if with_compile or name != "compile"]
+    paths = list(peers.paths(with_compile, device))
     results = []
     for workload, name in cases:
         with _progress(len(paths) * (len(DIRECTIONS) * (1 + repeat) + with_memory)) as progress:
@@ -104,14 +105,14 @@ def _measure(
         return lambda name: step(f"{direction}: {PATHS[name]}")
 
     comparisons = []
-    inputs = make_inputs(workload, DTYPES[dtype], device)
+    inputs = make_inputs(workload, DTYPES[dtype], device=device)
     for direction in DIRECTIONS:
         comparisons.append(
             compare(
                 workload,
                 dtype,
                 direction,
-                peers.paths(with_compile="compile" in names),
+                peers.paths("compile" in names, device),
                 inputs,
                 repeat=repeat,
                 path_limit=path_limit,

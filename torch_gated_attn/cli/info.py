@@ -12,12 +12,13 @@ from rich.table import Table
 
 from .._bench import machine
 
-_LEFT_OUT = ("command", "commit", "date", "load_average")  # of a measurement, not of a machine
+_LEFT_OUT = ("command", "commit", "date", "load_average", "gpu")  # of a measurement, not of a machine
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every fact.")] = False) -> None:
     """Versions, build, devices and instruction set, to paste into a bug report."""
     facts = {name: fact for name, fact in machine.describe().items() if name not in _LEFT_OUT}
+    facts["gpus"] = machine.gpus()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -31,7 +32,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     build = facts["build"]
-    devices = [f"{d['name']}, capability {d['capability']}, {d['memory_mib']} MiB" for d in facts["cuda_devices"]]
+    devices = [f"{d['name']}, capability {d['capability']}, {d['memory_mib']} MiB" for d in facts["gpus"]]
     environment = ", ".join(f"{name}={value}" for name, value in facts["environment"].items())
     return [
         *facts["versions"].items(),

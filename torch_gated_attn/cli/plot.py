@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 
 from .result import PATHS, Result
 
-COLORS = {"operator": "#0b6e99", "eager": "#b8bfc6", "sdpa": "#8c959d", "compile": "#e08e45"}
+OTHER = "#b8bfc6"
+COLORS = {"operator": "#0b6e99", "sdpa": "#8c959d", "compile": "#e08e45"}
 
 
 def write(file: Path, about: str, results: list[Result]) -> None:
@@ -35,7 +36,7 @@ def write(file: Path, about: str, results: list[Result]) -> None:
 
 
 def _bars(axes: Any, values: dict[str, float], title: str, unit: str) -> None:
-    names, colors = [PATHS[path] for path in values], [COLORS[path] for path in values]
+    names, colors = [PATHS[path] for path in values], [COLORS.get(path, OTHER) for path in values]
     bars = axes.barh(names, list(values.values()), color=colors, height=0.65)
     axes.bar_label(
         bars, [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values.values()], padding=3, fontsize=8

@@ -13,7 +13,16 @@ from rich.table import Table
 from .._bench.comparison import Comparison
 from .._bench.workloads import Workload
 
-PATHS = {"operator": "torch_gated_attn", "eager": "plain PyTorch", "sdpa": "SDPA", "compile": "torch.compile"}
+PATHS = {
+    "operator": "torch_gated_attn",
+    "eager": "plain PyTorch",
+    "sdpa": "SDPA",
+    "sdpa_efficient": "SDPA efficient",
+    "sdpa_cudnn": "SDPA cuDNN",
+    "flex": "FlexAttention",
+    "trifast": "trifast",
+    "compile": "torch.compile",
+}
 
 
 @dataclasses.dataclass

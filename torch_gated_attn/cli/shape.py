@@ -42,13 +42,17 @@ def workloads(
     head_dim: int | None,
     bias: Bias | None,
     gate: bool | None,
+    device: str = "cpu",
 ) -> list[Workload]:
-    """Those named, or the one that the options describe. A mask hides a tenth of the keys of each batch row."""
+    """Those named, or the one that the options describe. A mask hides a tenth of the keys of each batch row.
+
+    Named workloads have their full batch except on the device "cpu".
+    """
     options = (batch, heads, kv_heads, queries, keys, head_dim, bias, gate)
     if names:
         if any(option is not None for option in options):
             raise typer.BadParameter("give the names of workloads or the options of a shape, not both")
-        known = {workload.name: workload for workload in load()}
+        known = {workload.name: workload for workload in load(batch_key="cpu_batch" if device == "cpu" else "batch")}
         if unknown := [name for name in names if name not in known]:
             raise typer.BadParameter(f"workloads must be among {', '.join(known)}, but are {', '.join(unknown)}")
         return [known[name] for name in names]
