@@ -16,7 +16,7 @@ ROLE = re.compile(r":(?:func|class|mod|meth):`~?([^`]+)`")
 def markdown(text: str) -> str:
     text = DIRECTIVE.sub(_block, text + "\n")
     text = ROLE.sub(r"`\1`", text)
-    return re.sub(r"(?<!`)``([^`\n]+)``(?!`)", r"`\1`", text)
+    return re.sub(r"``([^`\n]+)``", r"`\1`", text)
 
 
 def _block(found: re.Match[str]) -> str:
