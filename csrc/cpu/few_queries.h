@@ -33,6 +33,13 @@ class QueryScores {
     for (int i = 0; i < count; i += kLanes<A>) store(score + i, exp2<A>(load(score + i) - set1<A>(shift)));
   }
 
+  // Of the exponentials; those of the padding are 0.
+  A sum() const {
+    Vec<A> sum{};
+    for (int i = 0; i < count; i += kLanes<A>) sum += load(score + i);
+    return sum_lanes(sum);
+  }
+
   // A row with no attended key under masked_rows = "mean": equal weights for all keys.
   void all_keys_alike() {
     count = static_cast<int>(p_.k_len);
@@ -120,11 +127,11 @@ class FewQueriesForward {
   void run_query(const Offsets& batch, int64_t kv_head, int64_t head, Lane lane) {
     const T* values = at<const T>(p_.value, batch.value, kv_head);
     fill_scores<T>(scores_, p_, batch, kv_head, head, lane);
-    A shift = kLowest<A>, sum = 0;
+    A shift = kLowest<A>;
     for (int i = 0; i < scores_.count; ++i)
       if (!(scores_.score[i] <= shift)) shift = scores_.score[i];  // also a NaN, which then stays
     scores_.exponentials(shift);
-    for (int i = 0; i < scores_.count; ++i) sum += scores_.score[i];
+    const A sum = scores_.sum();
     const bool dead = sum == 0;
     at<A>(p_.lse, batch.lse, head)[lane.offset(p_.lse)] =
         dead ? -kInf<A> : static_cast<A>(kLn2) * (shift + log2<A>(set1<A>(sum))[0]);
@@ -139,13 +146,22 @@ class FewQueriesForward {
     T* out = at<T>(p_.out, batch.out, head) + lane.offset(p_.out);
     for (int d = 0; d < p_.value_dim; d += kLanes<A>) {
       const int n = scores_.dims(p_.value_dim, d);
-      Vec<A> o{};
-      for (int i = 0; i < scores_.count; ++i)
-        o = fma(set1<A>(scores_.score[i]), load_n(values + scores_.key[i] * p_.value.row + d, n), o);
-      o *= set1<A>(factor);
+      Vec<A> o = weighted_sum(values + d, n) * set1<A>(factor);
       if (gate) o *= sigmoid<A>(load_gate<T, A>(gate + lane.offset(p_.gate), p_.gate, d, n)).value;
       store_n(out + d, o, n);
     }
+  }
+
+  // Of n dimensions of the listed values. Four sums: one would wait for itself, and round more.
+  Vec<A> weighted_sum(const T* values, int n) const {
+    Vec<A> part[4] = {};
+    const auto add = [&](int sum, int i) {
+      part[sum] = fma(set1<A>(scores_.score[i]), load_n(values + scores_.key[i] * p_.value.row, n), part[sum]);
+    };
+    int i = 0;
+    for (; i + 4 <= scores_.count; i += 4) TGA_UNROLL for (int sum = 0; sum < 4; ++sum) add(sum, i + sum);
+    for (; i < scores_.count; ++i) add(0, i);
+    return (part[0] + part[1]) + (part[2] + part[3]);
   }
 
   const Problem& p_;
