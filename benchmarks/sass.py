@@ -113,10 +113,10 @@ def cost(loop: list[Instruction], teams: int) -> Cost | None:
             kinds["hmma"] += 1 if "16816" in i.opcode else 0.5
         elif i.base == "LDSM":
             kinds["ldsm"] += 1
-        if i.base in ("LDSM", "LDS", "STS", "LDGSTS", "LDG", "STG", "SHFL"):
+        if i.base in ("LDSM", "LDS", "STS", "LDGSTS", "LDG", "LD", "STG", "ST", "SHFL"):
             kinds["shared"] += 4 * i.words
-        if i.base in ("LDGSTS", "LDG", "STG"):
-            kinds["L2"] += 4 * i.words / (teams if i.base == "LDG" else 1)
+        if i.base in ("LDGSTS", "LDG", "LD", "STG", "ST"):
+            kinds["L2"] += 4 * i.words / (teams if i.base in ("LDG", "LD") else 1)
     elements = kinds["exp2"] // SCORES * SCORES
     if not elements or not kinds["hmma"]:
         return None

@@ -166,6 +166,9 @@ TGA_DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x); }
 TGA_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 TGA_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
+// A pointer to global memory from its bits, which alone would not tell the compiler what memory that is.
+TGA_DEVICE const char* global_pointer(uint64_t bits) { return static_cast<const char*>(__cvta_global_to_generic(bits)); }
+
 // Accesses of exactly the width of T, which has the alignment of its size.
 template <class T>
 TGA_DEVICE T load_global(const void* p) {

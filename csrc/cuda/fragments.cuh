@@ -149,8 +149,8 @@ class PrivatePointers {
   }
   TGA_DEVICE void get(const char*& first, const char*& second) const {
     const Word4 words = kInShared ? dev::load_shared<Word4>(at_) : kept_;
-    first = reinterpret_cast<const char*>(words.x | static_cast<uint64_t>(words.y) << 32);
-    second = reinterpret_cast<const char*>(words.z | static_cast<uint64_t>(words.w) << 32);
+    first = dev::global_pointer(words.x | static_cast<uint64_t>(words.y) << 32);
+    second = dev::global_pointer(words.z | static_cast<uint64_t>(words.w) << 32);
   }
 
  private:

@@ -203,6 +203,7 @@ inline double fma_toward_zero(double x, double y, double z) {
 
 inline int opaque(int x) { return x; }
 
+inline const char* global_pointer(uint64_t bits) { return reinterpret_cast<const char*>(bits); }
 inline int64_t multiply_wide(int x, int y) { return static_cast<int64_t>(x) * y; }
 
 inline float shuffle_xor(float x, int lanes) {
