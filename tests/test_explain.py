@@ -133,3 +133,17 @@ def test_errors_are_those_of_the_call():
 def test_answers_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         explained().kernel = "another"
+
+
+def test_calls_of_pytorchs_attention():
+    """Decided in the same place as the call's own: _core.plan."""
+    query, wide = torch.randn(2, 4, 6, 16), torch.empty(2, 4, 6, 256, dtype=BF16, device="meta")
+    causal = explain(query, query, query, is_causal=True)
+    assert causal.kernel == "sdpa"
+    assert "skips the half of the keys" in causal.reason
+    assert explain(query, query, query, is_causal=True, window=3).kernel == "query per lane"
+    assert explain(query, query, query, is_causal=True, device="sm_90").kernel == "plain"
+    assert explain(wide, wide, wide, device="sm_90").reason == "head_dim 256 is above 128, the widest fused CUDA kernel"
+    assert explain(wide, wide, wide, device="cpu").kernel == "query per lane"
+    with pytest.raises(ValueError, match="window must be None without is_causal, but is 3"):
+        explain(query, query, query, window=3)

@@ -4,10 +4,14 @@ followed by one gating pass."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST_FUSED", "choose", "sdpa"]
+from ._structure import both, check_structure, structure_mask
+
+__all__ = ["WIDEST_FUSED", "Plan", "choose", "plan", "sdpa"]
 
 # head_dims above this have no tensor-core kernel of ours (csrc/cuda/select.cpp); the general one is far from the peak.
 WIDEST_FUSED = 128
@@ -22,14 +26,17 @@ def choose(
     *,
     masked_rows: str = "zero",
     causal_only: bool = False,
+    device_type: str | None = None,
 ) -> tuple[str, str]:
     """The core of a call, "fused" or "sdpa", and the reason.
 
     Args:
         causal_only: the call is causal with as many queries as keys and has no mask besides, a flag of PyTorch's kernels.
+        device_type: "cpu" or "cuda", as if the tensors were there.
     """
-    causal_cpu = causal_only and query.device.type == "cpu" and query.dtype == torch.float32
-    wide_cuda = query.device.type == "cuda" and query.size(-1) > WIDEST_FUSED
+    device_type = device_type or query.device.type
+    causal_cpu = causal_only and device_type == "cpu" and query.dtype == torch.float32
+    wide_cuda = device_type == "cuda" and query.size(-1) > WIDEST_FUSED
     if not (causal_cpu or wide_cuda):
         return "fused", "the operator has a kernel for it"
     # What PyTorch's attention does not do, or not in its fast kernels.
@@ -47,6 +54,53 @@ def choose(
         # Intel core with AVX-512, 4 heads, L = 1024, D = 256, forward and backward: 364 against 493 ms; equal in bfloat16.
         return "sdpa", "PyTorch's kernel skips the half of the keys that a causal float32 call on a CPU hides"
     return "sdpa", f"head_dim {query.size(-1)} is above {WIDEST_FUSED}, the widest fused CUDA kernel"
+
+
+class Plan(NamedTuple):
+    """How a call is computed: its core and the reason, whether "causal" stays a flag, and the mask that is left."""
+
+    core: str
+    reason: str
+    causal_only: bool
+    mask: Tensor | None
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *,
+    masked_rows: str,
+    is_causal: bool,
+    window: int | None,
+    key_lengths: Tensor | None,
+    device_type: str | None = None,
+) -> Plan:
+    """Arguments as of `gated_attention` and `choose`. Positions become a mask, where no kernel takes them as a flag."""
+    structured = is_causal or window is not None or key_lengths is not None
+    if not structured and query.size(-1) <= WIDEST_FUSED:
+        return Plan("fused", "the operator has a kernel for it", False, mask)
+    check_structure(query, is_causal, window, key_lengths)
+    queries, keys = query.size(-2), key.size(-2)
+    alone = mask is None and bias is None and key_lengths is None and (window is None or window >= keys)
+    causal_only = is_causal and alone and queries == keys
+
+    def with_structure() -> Tensor | None:
+        shown = structure_mask(
+            queries, keys, is_causal=is_causal, window=window, key_lengths=key_lengths, device=query.device
+        )
+        return both(mask, shown)
+
+    if structured and not causal_only:
+        mask = with_structure()
+    core, reason = choose(
+        query, key, value, bias, mask, masked_rows=masked_rows, causal_only=causal_only, device_type=device_type
+    )
+    if causal_only and core == "fused":
+        mask = with_structure()
+    return Plan(core, reason, causal_only, mask)
 
 
 def sdpa(

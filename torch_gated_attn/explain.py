@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ._core import plan
+
 __all__ = ["Explanation", "explain"]
 
 _DIFFERENTIABLE = ("query", "key", "value", "gate", "bias")
@@ -21,7 +23,8 @@ class Explanation:
 
     Attributes:
         kernel: "query per lane" or "few queries" on a CPU; "tensor-core", "general tensor-core" or "plain" on a GPU;
-            "composite" where no fused kernel takes the call and the formula runs, which stores all scores; "none" where
+            "sdpa" where PyTorch's attention computes the core and `gate_output` gates it; "composite" where no fused kernel
+            takes the call and the formula runs, which stores all scores; "none" where
             the call has nothing to compute or the library was built without kernels for the device.
         reason: one sentence.
         device: what was asked about: "cpu", or the architecture of a GPU, such as "sm_90".
@@ -44,14 +47,18 @@ def explain(
     *,
     scale: float | None = None,
     masked_rows: str = "zero",
+    is_causal: bool = False,
+    window: int | None = None,
+    key_lengths: Tensor | None = None,
     grad: Sequence[str] = (),
     device: str | None = None,
 ) -> Explanation:
     """Which kernel a call of :func:`gated_attention` takes, and why. It asks the very function that chooses in the call.
 
     Args:
-        query, key, value, gate, bias, mask, scale, masked_rows: as for :func:`gated_attention`. Only dtypes, shapes,
-            strides and alignment are looked at, so tensors on the meta device do.
+        query, key, value, gate, bias, mask, scale, masked_rows, is_causal, window, key_lengths: as for
+            :func:`gated_attention`. Only dtypes, shapes, strides and alignment are looked at, so tensors on the meta device
+            do.
         grad: names of the arguments whose gradients are asked for ("query", ..., "bias"): the kernels of the backward are
             explained. Empty: those of the forward.
         device: "cpu", or "sm_" and a compute capability ("sm_90"), for the answer as if on that device, whether or not this
@@ -69,6 +76,19 @@ def explain(
     where = _device(query) if device is None else device
     if where != "cpu" and not re.fullmatch(r"sm_\d{2,3}", where):
         raise ValueError(f'device must be "cpu" or like "sm_90", but is {where!r}')
+    how = plan(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        masked_rows=masked_rows,
+        is_causal=is_causal,
+        window=window,
+        key_lengths=key_lengths,
+        device_type="cpu" if where == "cpu" else "cuda",
+    )
+    tensors["mask"] = how.mask
     # The checks of the call, which run on meta tensors too.
     metas = [None if t is None else _on_meta(t) for t in tensors.values()]
     out = torch.ops.torch_gated_attn._gated_attention_forward(*metas, scale, masked_rows)[0]
@@ -76,6 +96,9 @@ def explain(
         return Explanation("none", "the result has no elements", where)
     if key.size(-2) == 0:
         return Explanation("none", "there are no keys: the results are zeros", where)
+
+    if how.core == "sdpa":
+        return Explanation("sdpa", how.reason, where)
 
     from . import _C
 

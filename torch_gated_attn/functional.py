@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from . import _core
-from ._structure import both, check_structure, structure_mask
 
 __all__ = ["gate_output", "gated_attention", "gated_attention_with_lse"]
 
@@ -72,31 +69,21 @@ def gated_attention(
     bits, memory order and NaN in hidden keys are PyTorch's, and gradients cannot be differentiated again;
     ``torch.use_deterministic_algorithms(True)`` keeps to the operator.
     """
-    causal_only = False
-    if is_causal or window is not None or key_lengths is not None:
-        check_structure(query, is_causal, window, key_lengths)
-        queries, keys = query.size(-2), key.size(-2)
-        structure = partial(
-            structure_mask,
-            queries,
-            keys,
-            is_causal=is_causal,
-            window=window,
-            key_lengths=key_lengths,
-            device=query.device,
-        )
-        shown = mask is None and bias is None and key_lengths is None and (window is None or window >= keys)
-        causal_only = is_causal and shown and queries == keys
-        if not causal_only:
-            mask = both(mask, structure())
-    if causal_only or query.size(-1) > _core.WIDEST_FUSED:
-        core, _ = _core.choose(query, key, value, bias, mask, masked_rows=masked_rows, causal_only=causal_only)
-        if core == "sdpa":
-            return _core.sdpa(query, key, value, gate, bias, mask, scale, causal_only)
-    if causal_only:
-        mask = structure()
+    how = _core.plan(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        masked_rows=masked_rows,
+        is_causal=is_causal,
+        window=window,
+        key_lengths=key_lengths,
+    )
+    if how.core == "sdpa":
+        return _core.sdpa(query, key, value, gate, bias, how.mask, scale, how.causal_only)
     out: Tensor = torch.ops.torch_gated_attn.gated_attention(
-        query, key, value, gate, bias, mask, scale=scale, masked_rows=masked_rows
+        query, key, value, gate, bias, how.mask, scale=scale, masked_rows=masked_rows
     )
     return out
 
