@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operator's error over that of plain PyTorch in the same dtype, per output: a table, JSON and a plot.
 
-`python benchmarks/errors.py --json F --png F`. Inputs are drawn in the dtype; the truth is plain PyTorch in float64 at the same
-inputs. Each ratio is of root-mean-square errors over all elements of a result; plain PyTorch's lse is taken in float32 beside
-16-bit inputs, as the operator's is.
+`python benchmarks/errors.py --json F --png F`. Inputs are drawn in the dtype; the truth is plain PyTorch in float64 at the
+same inputs. Each ratio is of root-mean-square errors over all elements of a result; plain PyTorch's lse is taken in float32
+beside 16-bit inputs, as the operator's is.
 """
 
 from __future__ import annotations
