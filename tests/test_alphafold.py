@@ -16,7 +16,8 @@ from torch_gated_attn.alphafold import (
 )
 
 EVOFORMER = "alphafold/alphafold_iteration/evoformer"
-BLOCKS, S, L = 3, 6, 7  # 48 and 4 blocks in the published files; the other sizes below are theirs
+S, L = 6, 7  # the sizes below are those of the published files
+BLOCKS = {"evoformer_iteration": 48, "extra_msa_stack": 4}
 
 
 def attention_shapes(dim: int, heads: int, size: int) -> dict[str, tuple[int, ...]]:
@@ -60,7 +61,7 @@ def params() -> dict[str, np.ndarray]:
         for name, shape in shapes.items():
             scale = shape[0] ** -0.5 if name.endswith(("_w", "weights")) else 1.0
             # A module's own arrays are "scope//name", those of a module inside it "scope/inner//name".
-            arrays[f"{EVOFORMER}/{scope}/{name}"] = rng.standard_normal((BLOCKS, *shape)) * scale
+            arrays[f"{EVOFORMER}/{scope}/{name}"] = rng.standard_normal((BLOCKS[scope.split("/")[0]], *shape)) * scale
     return arrays
 
 
@@ -194,8 +195,8 @@ def test_errors(params):
     )
     with pytest.raises(KeyError, match='scope must be one of params, but nothing is under "nowhere"'):
         MSAColumnAttention.from_alphafold(params, "nowhere")
-    with pytest.raises(ValueError, match="block must be between 0 and 2, but is 3"):
-        MSAColumnAttention.from_alphafold(params, column, 3)
+    with pytest.raises(ValueError, match="block must be between 0 and 47, but is 48"):
+        MSAColumnAttention.from_alphafold(params, column, 48)
     with pytest.raises(
         ValueError, match="scope must hold the arrays of a MSAColumnAttention, but also holds feat_2d_norm//scale"
     ):
