@@ -73,12 +73,12 @@ class Kernel:
                 before[n + 1].append(n)
         found = []
         for first, lasts in latches.items():
-            body, todo = {first}, list(lasts)
-            while todo:
-                n = todo.pop()
+            body, pending = {first}, list(lasts)
+            while pending:
+                n = pending.pop()
                 if n not in body:
                     body.add(n)
-                    todo += before[n]
+                    pending += before[n]
             if 0 not in body:
                 found.append(body)
         inner = [a for a in found if not any(b < a for b in found)]

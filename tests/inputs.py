@@ -151,3 +151,12 @@ def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor], label: object) 
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name].nan_to_num(7.7), b[name].nan_to_num(7.7))]
     assert not different, f"{different} differ for {label}"
+
+
+def assert_same_with_gradients(result: Tensor, expected: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Value and gradients of two float64 computations agree, and no gradient vanishes."""
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-10)
+    cotangent = torch.randn_like(expected)
+    for ours, true in zip(*(torch.autograd.grad(x, leaves, cotangent) for x in (result, expected)), strict=True):
+        assert true.abs().max() > 1e-3
+        torch.testing.assert_close(ours, true, rtol=1e-8, atol=1e-9)

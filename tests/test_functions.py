@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from inputs import assert_same_with_gradients
 from torch import Tensor
 
 from torch_gated_attn.integrations import functions
@@ -16,15 +17,6 @@ B, N, H, L, D = 2, 5, 3, 7, 8
 
 def normal(*shape: int, grad: bool = True) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).requires_grad_(grad)
-
-
-def same(result: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
-    """Value and gradients agree, and no gradient vanishes."""
-    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-11)
-    cotangent = torch.randn_like(expected)
-    for ours, true in zip(*(torch.autograd.grad(x, leaves, cotangent) for x in (result, expected)), strict=True):
-        assert true.abs().max() > 1e-3
-        torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-10)
 
 
 def visible_keys(*shape: int) -> Tensor:
@@ -43,14 +35,14 @@ def test_evoformer_attention():
         return torch.einsum("bnhqk,bnkhd->bnqhd", logits.softmax(-1), v)
 
     attention = functions.DS4Sci_EvoformerAttention
-    same(attention(q, k, v, [hidden, pair]), expected(hidden, pair), [q, k, v, pair])
-    same(attention(q, k, v, [hidden]), expected(hidden), [q, k, v])
-    same(attention(q, k, v, [None, pair]), expected(pair), [q, k, v, pair])
-    same(attention(q, k, v, []), expected(), [q, k, v])
+    assert_same_with_gradients(attention(q, k, v, [hidden, pair]), expected(hidden, pair), [q, k, v, pair])
+    assert_same_with_gradients(attention(q, k, v, [hidden]), expected(hidden), [q, k, v])
+    assert_same_with_gradients(attention(q, k, v, [None, pair]), expected(pair), [q, k, v, pair])
+    assert_same_with_gradients(attention(q, k, v, []), expected(), [q, k, v])
     soft = normal(B, N, 1, 1, L)
-    same(attention(q, k, v, [soft, pair]), expected(soft, pair), [q, k, v, soft, pair])
+    assert_same_with_gradients(attention(q, k, v, [soft, pair]), expected(soft, pair), [q, k, v, soft, pair])
     constant = soft.detach()  # not a mask: its numbers are small
-    same(attention(q, k, v, [constant, pair]), expected(constant, pair), [q, k, v, pair])
+    assert_same_with_gradients(attention(q, k, v, [constant, pair]), expected(constant, pair), [q, k, v, pair])
     biases = [hidden, pair]
     attention(q, k, v, biases)
     assert len(biases) == 2
@@ -77,8 +69,8 @@ def test_triangle_attention_of_cuequivariance(batch):
 
     everything = torch.ones_like(visible)
     triangle = functions.triangle_attention
-    same(triangle(q, k, v, bias), expected(everything, D**-0.5)[0], [q, k, v, bias])
-    same(triangle(q, k, v, bias, visible, 0.3), expected(visible, 0.3)[0], [q, k, v, bias])
+    assert_same_with_gradients(triangle(q, k, v, bias), expected(everything, D**-0.5)[0], [q, k, v, bias])
+    assert_same_with_gradients(triangle(q, k, v, bias, visible, 0.3), expected(visible, 0.3)[0], [q, k, v, bias])
     assert torch.equal(triangle(q, k, v, bias, visible.int()), triangle(q, k, v, bias, visible))
 
     out, lse, largest = triangle(q, k, v, bias, visible, return_aux=True)
@@ -109,7 +101,7 @@ def test_triangle_attention_of_trifast():
     logits = torch.einsum("bhijd,bhikd->bhijk", q, k) * D**-0.5 + b[:, :, None]
     logits = logits.masked_fill(hidden[:, None, :, None], -1e9)
     expected = torch.einsum("bhijk,bhikd->bhijd", logits.softmax(-1), v)
-    same(functions.trifast_triangle_attention(q, k, v, b, hidden), expected, [q, k, v, b])
+    assert_same_with_gradients(functions.trifast_triangle_attention(q, k, v, b, hidden), expected, [q, k, v, b])
     with pytest.raises(TypeError, match=r"^mask must be bool \(True = hidden\), but is torch.float32$"):
         functions.trifast_triangle_attention(q, k, v, b, hidden.float())
 
@@ -134,7 +126,7 @@ def test_attention_function_of_transformers(case):
         logits = logits.masked_fill(~causal, -torch.inf)
     elif case in given:
         logits = logits.masked_fill(~mask, -torch.inf)
-    same(out, (logits.softmax(-1) @ values).transpose(1, 2), [q, k, v])
+    assert_same_with_gradients(out, (logits.softmax(-1) @ values).transpose(1, 2), [q, k, v])
     assert weights is None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..functional import gated_attention, gated_attention_with_lse
 from ._biases import merge
+from ._transformers import attend
 
 __all__ = ["DS4Sci_EvoformerAttention", "register_transformers", "triangle_attention", "trifast_triangle_attention"]
 
@@ -138,20 +139,7 @@ def _transformers_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} must be None with attn_implementation torch_gated_attn, but is given")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and attention_mask is None and query.size(2) > 1
-    if causal:  # keys beyond the queries are the empty slots of a static cache
-        key, value = key[:, :, : query.size(2)], value[:, :, : query.size(2)]
-    additive = attention_mask is not None and attention_mask.dtype != torch.bool
-    out = gated_attention(
-        query,
-        key,
-        value,
-        bias=attention_mask if additive else None,
-        mask=None if additive else attention_mask,
-        scale=scaling,
-        is_causal=causal,
-    )
-    return out.transpose(1, 2), None
+    return attend(query, key, value, None, attention_mask, causal=bool(causal), scale=scaling), None
 
 
 def register_transformers(name: str = "torch_gated_attn") -> None:

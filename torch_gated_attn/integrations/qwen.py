@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..functional import gated_attention
 from ._adapter import Adapter, owner_of_forward
+from ._transformers import attend
 
 __all__ = ["ADAPTERS"]
 
@@ -85,25 +84,12 @@ def _forward(
     query, key = _rope(self)(query, key, *position_embeddings)
     key, value = _remember(self, key, value, position_embeddings, kwargs)
 
-    # As transformers: without a mask, "eager" attends to every key; "sdpa" is causal, and keys beyond the queries are the
-    # empty slots of a static cache.
+    # As transformers: without a mask, "eager" attends to every key; "sdpa" is causal.
     causal = kwargs.get("is_causal")
     causal = getattr(self, "is_causal", True) if causal is None else causal
-    causal = bool(causal) and attention_mask is None and query.size(2) > 1 and self.config._attn_implementation != "eager"
-    if causal:
-        key, value = key[:, :, : query.size(2)], value[:, :, : query.size(2)]
-    additive = attention_mask is not None and attention_mask.dtype != torch.bool
-    out = gated_attention(
-        query,
-        key,
-        value,
-        gate.transpose(1, 2),
-        attention_mask if additive else None,
-        None if additive else attention_mask,
-        scale=self.scaling,
-        is_causal=causal,
-    )
-    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+    causal = bool(causal) and self.config._attn_implementation != "eager"
+    out = attend(query, key, value, gate.transpose(1, 2), attention_mask, causal=causal, scale=self.scaling)
+    return self.o_proj(out.flatten(2)), None
 
 
 ADAPTERS = (
