@@ -17,7 +17,7 @@ struct BackwardBlock {
   static constexpr int W = kLanes<A>, kBlock = NQ * W;
 
   const A *q, *d_o;            // [dimension][kBlock]; q times scale * log2(e)
-  const A *q_rows, *d_o_rows;  // [lane][stride], q times scale; see add_rows for the layout
+  const A *q_rows, *d_o_rows;  // [lane][stride]; see add_rows for the layout
   const A *shift, *minus_delta;
   A* d_q;      // [head_dim][kBlock], null if not wanted
   A* d_table;  // [k_len + 1][kBlock], null if not wanted
@@ -59,7 +59,7 @@ struct BackwardBlock {
     add_dot<A, A, NQ>(s, k, q, head_dim);
     TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W);
     TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
-        store(p + (i + j) * kBlock + u * W, exp2<A>(s[j][u] - m[u]));
+        store(p + (i + j) * kBlock + u * W, exp2<A, true>(s[j][u] - m[u]));
   }
   void rows(int dim, A* acc, const A* tile, const A* right, int count, int64_t stride) const {
     if constexpr (kInterleaves<A>)

@@ -35,9 +35,8 @@ class BackwardUnit {
     shift_ = c.take<A>(max_lanes);
     minus_delta_ = c.take<A>(max_lanes);
     d_o_plain_ = c.take<A>(kBlock * v_stride_);
-    const int64_t widest = k_stride_ > v_stride_ ? k_stride_ : v_stride_;
-    rows_ = c.take<O>(kBlock * widest);
-    if constexpr (kPairs<T>) pair_rows_ = c.take<T>(kBlock * pair_row_stride(widest));
+    if constexpr (kPairs<T>)
+      pair_rows_ = c.take<T>(kBlock * pair_row_stride(head_dim_ > value_dim_ ? head_dim_ : value_dim_));
     probs_ = c.take<O>(kTileKeys * operands<T>(kBlock));
     d_scores_ = c.take<O>(kTileKeys * operands<T>(kBlock));
   }
@@ -89,6 +88,22 @@ class BackwardUnit {
     Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
     if (r + 1 < w.row_end && comes_from_memory<T>(p_))
       prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
+    add_tiles(mask, prefetch, d_k, d_v);
+    if (p_.d_query.data) {
+      for (int u = 0; u < lanes_.count; u += W)
+        store_transposed<T, A>(d_q_ + u / kBlock * kBlock * head_dim_ + u % kBlock, kBlock, head_dim_,
+                               set1<A>(static_cast<A>(p_.scale)), at<T>(p_.d_query, batch.d_query, head_), p_.d_query,
+                               lanes_.lane + u, lanes_.count - u);
+    }
+    if (!last) return;
+    if (d_k) store_rows(d_k, k_stride_, head_dim_, p_.scale, nullptr, at<T>(p_.d_key, batch.d_key, w.kv_head), p_.d_key);
+    if (d_v)
+      store_rows(d_v, v_stride_, value_dim_, 1, p_.mean_rows ? d_mean : nullptr,
+                 at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
+  }
+
+  void add_tiles(const uint8_t* mask, Prefetch& prefetch, A* d_k, A* d_v) {
+    const FlushToZero for_exp2;
     for (int key = 0; key < keys_.padded; key += kTileKeys) {
       const int count = keys_.padded - key < kTileKeys ? keys_.padded - key : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
@@ -98,19 +113,6 @@ class BackwardUnit {
         add_tile(s, key, count, logits, d_k ? d_k + key * k_stride_ : nullptr, d_v ? d_v + key * v_stride_ : nullptr);
       }
     }
-    if (p_.d_query.data) {
-      for (int u = 0; u < lanes_.count; u += W)
-        store_transposed<T, A>(d_q_ + u / kBlock * kBlock * head_dim_ + u % kBlock, kBlock, head_dim_,
-                               set1<A>(static_cast<A>(p_.scale)), at<T>(p_.d_query, batch.d_query, head_), p_.d_query,
-                               lanes_.lane + u, lanes_.count - u);
-    }
-    if (!last) return;
-    if (d_k)
-      store_rows(d_k, k_stride_, head_dim_, kPairs<T> ? p_.scale : 1, nullptr, at<T>(p_.d_key, batch.d_key, w.kv_head),
-                 p_.d_key);
-    if (d_v)
-      store_rows(d_v, v_stride_, value_dim_, 1, p_.mean_rows ? d_mean : nullptr,
-                 at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
   }
 
   // One tile of keys for sub-block s.
@@ -212,53 +214,59 @@ class BackwardUnit {
       Lane numbered[kBlock];
       for (int i = 0; i < kBlock; ++i) numbered[i] = {0, i};
       for (int u = 0; u < kBlock; u += W) {
-        transpose_rows<T, A>(query, p_.query, lane + u, head_dim_, static_cast<A>(p_.scale * kLog2E), q + u, kBlock);
-        transpose_rows<A, A>(d_o_plain_, plain, numbered + u, value_dim_, 1, d_o + u, kBlock);
+        transpose_rows<T, A>(query, p_.query, lane + u, head_dim_, times<A>(p_.scale * kLog2E), q + u, kBlock);
+        transpose_rows<A, A>(d_o_plain_, plain, numbered + u, value_dim_, times<A>(1), d_o + u, kBlock);
       }
-      __builtin_memcpy(d_o_rows, d_o_plain_, sizeof(A) * kBlock * v_stride_);
-      for (int i = 0; i < kBlock; ++i)
-        for (int d = 0; d < head_dim_; d += W) {
-          const int n = head_dim_ - d < W ? head_dim_ - d : W;
-          store(q_rows + i * k_stride_ + d,
-                load_n(query + lane[i].offset(p_.query) + d, n) * set1<A>(static_cast<A>(p_.scale)));
-        }
-      if (interleaved<A>(value_dim_)) interleave_rows(d_o_rows, kBlock, v_stride_);
-      if (interleaved<A>(head_dim_)) interleave_rows(q_rows, kBlock, k_stride_);
+      row_operands(d_o_plain_, plain, numbered, value_dim_, v_stride_, d_o_rows);
+      row_operands(query, p_.query, lane, head_dim_, k_stride_, q_rows);
     }
   }
 
-  // pair_rows_, two lanes to a row of pairs.
-  void zip_lanes(int dim, int64_t stride, O* rows) {
+  // The same of pair_rows_, where a row is two lanes paired.
+  void zip_lanes(int dim, int64_t stride, O* rows) const {
     if constexpr (kPairs<T>) {
+      const bool two = interleaved<A>(dim);
       const int64_t from = pair_row_stride(dim);
-      for (int i = 0; i < kBlock; i += 2)
-        zip_rows(pair_rows_ + i * from, pair_rows_ + (i + 1) * from, from < stride ? from : stride, rows + i / 2 * stride);
-      if (interleaved<A>(dim)) interleave_rows(rows, kBlock / 2, stride);
+      for (int i = 0; i < kBlock; i += 2 + 2 * two) {
+        const T *a = pair_rows_ + i * from, *b = a + from, *c = b + two * from, *d = c + two * from;
+        O* dst = rows + i / (2 + 2 * two) * stride;
+        for (int64_t j = 0; j < dim; j += W) {
+          if (two)
+            store_alternating<O>(zip(a + j, b + j, dim - j), zip(c + j, d + j, dim - j), dst + 2 * j, stride - 2 * j);
+          else
+            store(dst + j, zip(a + j, b + j, dim - j));
+        }
+      }
     }
   }
 
-  // Rows i and i + 1, alternating element by element, in the place of both (two rows of half the stride).
-  void interleave_rows(O* rows, int count, int64_t stride) {
-    __builtin_memcpy(rows_, rows, sizeof(O) * count * stride);
-    for (int i = 0; i < count; i += 2) {
-      const O *a = rows_ + i * stride, *b = a + stride;
-      O* dst = rows + i / 2 * stride;
-      for (int64_t d = 0; d < stride / 2; ++d) dst[2 * d] = a[d], dst[2 * d + 1] = b[d];
+  // src[lane i] of kBlock lanes as rows; two lanes to a row, alternating element by element, where rows interleave.
+  template <class S>
+  void row_operands(const S* base, const View& v, const Lane* lane, int dim, int64_t stride, A* rows) const {
+    const bool two = interleaved<A>(dim);
+    for (int i = 0; i < kBlock; i += 1 + two) {
+      const S *a = base + lane[i].offset(v), *b = base + lane[i + two].offset(v);
+      A* dst = rows + i / (1 + two) * stride;
+      for (int d = 0; d < dim; d += W) {
+        const int n = dim - d < W ? dim - d : W;
+        if (two)
+          store_alternating<A>(load_n(a + d, n), load_n(b + d, n), dst + 2 * d, stride - 2 * d);
+        else
+          store(dst + d, load_n(a + d, n));
+      }
     }
   }
 
   // Accumulated rows of the listed keys, to d_key or d_value; times `factor`; keys that are not listed get `mean` (or 0).
-  void store_rows(A* acc, int64_t stride, int dim, double factor, const A* mean, T* base, const View& v) const {
-    if (interleaved<A>(dim)) {
-      for (int i = 0; i < keys_.count; ++i)
-        for (int64_t d = 0; d < stride / 2; ++d)
-          acc[i * stride + d] = acc[i * stride + 2 * d] + acc[i * stride + 2 * d + 1];
-    }
+  void store_rows(const A* acc, int64_t stride, int dim, double factor, const A* mean, T* base, const View& v) const {
+    const bool two = interleaved<A>(dim);
     for (int64_t key = 0, i = 0; key < p_.k_len; ++key) {
       const bool listed = i < keys_.count && keys_.key[i] == key;
       for (int d = 0; d < dim; d += W) {
         const int n = dim - d < W ? dim - d : W;
-        Vec<A> x = listed ? load(acc + i * stride + d) * set1<A>(static_cast<A>(factor)) : Vec<A>{};
+        Vec<A> x{};
+        if (listed) x = (two ? load_pair_sums(acc + i * stride + 2 * d, stride - 2 * d) : load(acc + i * stride + d));
+        x *= set1<A>(static_cast<A>(factor));
         if (mean) x += load_n(mean + d, n);
         store_n(base + key * v.row + d, x, n);
       }
@@ -308,7 +316,6 @@ class BackwardUnit {
   O *q_rows_, *d_o_rows_;    // [lane, or pair of lanes][stride]
   A *shift_, *minus_delta_;  // [lane]
   A* d_o_plain_;             // [kBlock][v_stride]
-  O* rows_;                  // [kBlock][stride]
   T* pair_rows_ = nullptr;   // [kBlock][pair_row_stride], for pairs only
   O *probs_, *d_scores_;     // [kTileKeys][operands of kBlock]
 };

@@ -97,6 +97,25 @@ template <class T>
 TGA_INLINE auto load_one(const T* p) {
   return load_n(p, 1)[0];
 }
+// The positions below `count` where the byte is not 0, in order; their number. Writes up to a vector beyond them.
+TGA_INLINE int indices_of_set(const uint8_t* bytes, int64_t stride, int64_t count, int32_t* out) {
+  int n = 0;
+  int32_t i = 0;
+#if defined(TGA_AVX512)
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; stride == 1 && i + 16 <= count; i += 16) {
+    const __mmask16 set = _mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)(bytes + i)), _mm_set1_epi8(-1));
+    _mm512_storeu_si512(out + n, _mm512_maskz_compress_epi32(set, _mm512_add_epi32(first, _mm512_set1_epi32(i))));
+    n += __builtin_popcount(set);
+  }
+#endif
+  for (; i < count; ++i) {
+    out[n] = i;
+    n += bytes[i * stride] != 0;
+  }
+  return n;
+}
+
 // Mask bytes as 0 or 1.
 template <class A>
 TGA_INLINE Vec<A> load_mask(const uint8_t* p, int n) {

@@ -27,8 +27,9 @@ struct ForwardBlock {
       for (int j = 0; j < keys; ++j) highest = max(load(scores + j * kBlock + u * W), highest);
       const Vec<A> before = load(shift + u * W);
       const Vec<A> after = total[u] > set1<A>(1) ? highest + set1<A>(kHeadroom) : before;
-      const Vec<A> factor = exp2<A>(before - after);
       store(shift + u * W, after);
+      if (!any_greater(before, set1<A>(kLowest<A>))) continue;  // the first keys: nothing to rescale yet
+      const Vec<A> factor = exp2<A>(before - after);
       store(sum + u * W, load(sum + u * W) * factor);
       for (int d = 0; d < value_dim; ++d) store(o + d * kBlock + u * W, load(o + d * kBlock + u * W) * factor);
     }
@@ -42,7 +43,7 @@ struct ForwardBlock {
       bool exceeds = false;
       TGA_UNROLL for (int u = 0; u < NQ; ++u) total[u] = Vec<A>{};
       TGA_UNROLL for (int j = 0; j < KEYS; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-        const Vec<A> p = exp2<A>(load(scores + j * kBlock + u * W) - load(shift + u * W));
+        const Vec<A> p = exp2<A, true>(load(scores + j * kBlock + u * W) - load(shift + u * W));
         total[u] += p;
         take(j, u, p);
       }

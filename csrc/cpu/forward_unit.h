@@ -49,8 +49,8 @@ class ForwardUnit {
         transpose_pairs<NQ>(rows_, head_dim_, q);
       } else {
         for (int u = 0; u < kBlock; u += W)
-          transpose_rows<T, A>(query, p_.query, lanes_.lane + first + u, head_dim_, static_cast<A>(p_.scale * kLog2E),
-                               q + u, kBlock);
+          transpose_rows<T, A>(query, p_.query, lanes_.lane + first + u, head_dim_, times<A>(p_.scale * kLog2E), q + u,
+                               kBlock);
       }
       for (int u = first; u < first + kBlock; u += W) store(sum_ + u, Vec<A>{}), store(shift_ + u, set1<A>(kLowest<A>));
     }
@@ -63,6 +63,12 @@ class ForwardUnit {
       prefetch.lanes(at<const T>(p_.query, next.query, head_), p_.query, lanes_, p_.head_dim);
       prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
     }
+    add_tiles(mask, prefetch);
+    for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
+  }
+
+  void add_tiles(const uint8_t* mask, Prefetch& prefetch) {
+    const FlushToZero for_exp2;
     for (int first = 0; first < keys_.padded; first += kTileKeys) {
       const int count = keys_.padded - first < kTileKeys ? keys_.padded - first : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
@@ -77,7 +83,6 @@ class ForwardUnit {
           block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count);
       }
     }
-    for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
   }
 
   ForwardBlock<A, NQ> block(int s) const {
@@ -115,10 +120,16 @@ class ForwardUnit {
       Vec<A> r[W];
       TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = i < dims ? load(o + (d + i) * kBlock) * factor : Vec<A>{};
       transpose<A>(r);
-      for (int i = 0; i < n; ++i) {
-        Vec<A> x = r[i];
-        if (gate) x *= sigmoid<A>(load_gate<T, A>(gate + lane[i].offset(p_.gate), p_.gate, d, dims)).value;
+      const bool two = 2 * dims <= W;  // lanes to a vector: the sigmoid costs more than putting them together
+      for (int i = 0; i < n; i += 1 + two) {
+        Vec<A> x = two ? lower_halves(r[i], r[i + 1]) : r[i];
+        if (gate) {
+          Vec<A> g = load_gate<T, A>(gate + lane[i].offset(p_.gate), p_.gate, d, dims);
+          if (two) g = lower_halves(g, load_gate<T, A>(gate + lane[i + 1].offset(p_.gate), p_.gate, d, dims));
+          x *= sigmoid<A>(g).value;
+        }
         store_n(out + lane[i].offset(p_.out) + d, x, dims);
+        if (two && i + 1 < n) store_n(out + lane[i + 1].offset(p_.out) + d, upper_half(x), dims);
       }
     }
   }

@@ -17,7 +17,7 @@ struct Keys {
 
   Keys(const Problem& p, bool backward, Carver& c) {
     const int64_t room = p.k_len + kKeyGroup<T>, widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-    key = c.take<int32_t>(room);
+    key = c.take<int32_t>(room + kLanes<float>);  // indices_of_set writes whole vectors
     table_row = c.take<int32_t>(room);
     k = c.take<const O*>(room);
     v = c.take<const O*>(room);
@@ -37,12 +37,9 @@ struct Keys {
 
   // `mask` points at the first key of this batch entry and head, or is null.
   void list(const Problem& p, const uint8_t* mask, const T* k_base, const T* v_base, bool has_table) {
-    int n = 0;
-    for (int32_t j = 0; j < p.k_len; ++j) {
-      key[n] = j;
-      n += !mask || mask[j * p.mask.col];
-    }
-    count = n;
+    const int n = count = mask ? indices_of_set(mask, p.mask.col, p.k_len, key) : static_cast<int>(p.k_len);
+    if (!mask)
+      for (int32_t j = 0; j < n; ++j) key[j] = j;
     padded = (n + kKeyGroup<T> - 1) / kKeyGroup<T> * kKeyGroup<T>;
     for (int i = 0; i < n; ++i) table_row[i] = has_table ? key[i] : 0;
     for (int64_t d = 0; d < p.head_dim || d < p.value_dim; ++d) zeros_[d] = 0;
@@ -66,6 +63,14 @@ struct Keys {
   static bool in_place(const View& v, int64_t dim) { return sizeof(T) == sizeof(A) && v.row >= 0 && v.row <= 2 * dim; }
 
   void rows(const T* base, const View& v, int64_t dim, O* packed, const O** out) const {
+    for (int i = count; i < padded; ++i) out[i] = zeros_;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (!packed) {
+        const int64_t stride = v.row;
+        for (int i = 0; i < count; ++i) out[i] = base + key[i] * stride;
+        return;
+      }
+    }
     for (int i = 0; i < count; ++i) {
       const T* src = base + key[i] * v.row;
       O* dst = packed + i * operands<T>(dim);
@@ -74,19 +79,12 @@ struct Keys {
         if (dim % 2) dst[dim / 2] = 0;
         __builtin_memcpy(dst, src, dim * sizeof(T));
       } else {
-        if constexpr (sizeof(T) == sizeof(A)) {
-          if (!packed) {
-            out[i] = src;
-            continue;
-          }
-        }
         for (int64_t d = 0; d < dim; d += kLanes<A>) {
           const int n = static_cast<int>(dim - d < kLanes<A> ? dim - d : kLanes<A>);
           store_n(dst + d, load_n(src + d, n), n);
         }
       }
     }
-    for (int i = count; i < padded; ++i) out[i] = zeros_;
   }
 
   void zipped_rows(const T* base, const View& v, int64_t dim, const O** out) const {

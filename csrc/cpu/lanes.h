@@ -28,9 +28,15 @@ struct Lanes {
   }
 };
 
-// dst[j * stride + i] = factor * src[lane i][j] for kLanes lanes and j < count. `col` is 0 or 1 (0: all j alike).
-template <class T, class A>
-static inline void transpose_rows(const T* base, const View& v, const Lane* lane, int count, A factor, A* dst, int stride) {
+template <class A>
+TGA_INLINE auto times(double factor) {
+  return [f = static_cast<A>(factor)](Vec<A> x) { return x * set1<A>(f); };
+}
+
+// dst[j * stride + i] = map(src[lane i][j]) for kLanes lanes and j < count. `col` is 0 or 1 (0: all j alike).
+template <class T, class A, class Map>
+static inline void transpose_rows(const T* base, const View& v, const Lane* lane, int count, const Map& map, A* dst,
+                                  int stride) {
   constexpr int W = kLanes<A>;
   const T* rows[W];
   for (int i = 0; i < W; ++i) rows[i] = base + lane[i].offset(v);
@@ -38,9 +44,9 @@ static inline void transpose_rows(const T* base, const View& v, const Lane* lane
     const int n = count - j < W ? count - j : W;
     Vec<A> r[W];
     if (v.col != 0) {
-      TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = load_n(rows[i] + j, n) * set1<A>(factor);
+      TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = map(load_n(rows[i] + j, n));
     } else {
-      TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = set1<A>(static_cast<A>(load_one(rows[i])) * factor);
+      TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = map(set1<A>(static_cast<A>(load_one(rows[i]))));
     }
     transpose<A>(r);
     if (n == W) {

@@ -132,6 +132,29 @@ static inline void add_rows(A* acc, const O* tile, int block, const O* rows, int
   }
 }
 
+// Two rows as one, element by element in turn, and what add_rows makes of such rows: one row of the sums of neighbours.
+// `room` elements are in memory, one vector or more.
+template <class V, int FIRST, size_t... L>
+TGA_INLINE V alternate(V a, V b, std::index_sequence<L...>) {
+  constexpr int n = sizeof...(L);
+  return __builtin_shufflevector(a, b, (FIRST + L / 2 + (L % 2) * n)...);
+}
+template <class A>
+TGA_INLINE void store_alternating(Vec<A> a, Vec<A> b, A* dst, int64_t room) {
+  constexpr int W = kLanes<A>;
+  store(dst, alternate<Vec<A>, 0>(a, b, std::make_index_sequence<W>{}));
+  if (room > W) store(dst + W, alternate<Vec<A>, W / 2>(a, b, std::make_index_sequence<W>{}));
+}
+template <class V, size_t... L>
+TGA_INLINE V pair_sums(V a, V b, std::index_sequence<L...>) {
+  return __builtin_shufflevector(a, b, (2 * L)...) + __builtin_shufflevector(a, b, (2 * L + 1)...);
+}
+template <class A>
+TGA_INLINE Vec<A> load_pair_sums(const A* p, int64_t room) {
+  constexpr int W = kLanes<A>;
+  return pair_sums(load(p), room > W ? load(p + W) : Vec<A>{}, std::make_index_sequence<W>{});
+}
+
 // Whether rows of `dim` elements are interleaved: where a vector of 16 floats would be half empty.
 template <class A>
 constexpr bool kInterleaves = kLanes<A> == 16;

@@ -27,14 +27,17 @@ TGA_INLINE void store_lane_pairs(Pair* dst, const VecF (&x)[NQ]) {
     __builtin_memcpy(dst, &one, sizeof one);
   }
 }
-// dst[d] = (a[d], b[d]) for d < dim; b may be null, for zeros.
+// Pairs (a[i], b[i]) for i < n; b may be null, for zeros.
+TGA_INLINE VecI zip(const BFloat16* a, const BFloat16* b, int64_t n) {
+  const uint32_t exist = lane_mask(static_cast<int>(n < 16 ? n : 16));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, a));
+  const __m512i high = b ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, b)) : _mm512_setzero_si512();
+  return (VecI)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
 static inline void zip_rows(const BFloat16* a, const BFloat16* b, int64_t dim, Pair* dst) {
-  for (int64_t d = 0; d < dim; d += 16) {
-    const uint32_t n = lane_mask(static_cast<int>(dim - d < 16 ? dim - d : 16));
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(n, a + d));
-    const __m512i high = b ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(n, b + d)) : _mm512_setzero_si512();
-    _mm512_mask_storeu_epi32(dst + d, n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
+  for (int64_t d = 0; d < dim; d += 16)
+    _mm512_mask_storeu_epi32(dst + d, lane_mask(static_cast<int>(dim - d < 16 ? dim - d : 16)),
+                             (__m512i)zip(a + d, b ? b + d : nullptr, dim - d));
 }
 // The rows of `count` lanes, zero from `dim` on.
 static inline void copy_rows(const BFloat16* base, const View& v, const Lane* lane, int count, int64_t dim,
@@ -148,7 +151,7 @@ struct PairBackwardBlock {
     pair_scores<NQ>(s, k, q, (head_dim + 1) / 2, scale, logits, i);
     TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) {
       TGA_UNROLL for (int u = 0; u < NQ; ++u) {
-        s[j][u] = exp2<float>(s[j][u] - load(shift + u * W));
+        s[j][u] = exp2<float, true>(s[j][u] - load(shift + u * W));
         store(ds + j * kBlock + u * W, s[j][u]);
       }
       store_lane_pairs<NQ>(p + (i + j) * (kBlock / 2), s[j]);

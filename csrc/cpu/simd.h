@@ -114,6 +114,39 @@ TGA_INLINE auto sum_lanes(V a) {
 }
 #endif
 
+// While it lives, results below the smallest normal number are 0 on this thread.
+class FlushToZero {
+#if defined(TGA_AVX512)
+ public:
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+#else
+ public:
+  FlushToZero() {}  // a constructor, so that an unused object is no warning
+#endif
+};
+
+template <class V, size_t... L>
+TGA_INLINE V join(V a, V b, std::index_sequence<L...>) {
+  return __builtin_shufflevector(a, b, (L < sizeof...(L) / 2 ? L : L + sizeof...(L) / 2)...);
+}
+// The lower halves of two vectors, and the upper half of one in the place of its lower.
+template <class V>
+TGA_INLINE V lower_halves(V a, V b) {
+  return join(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
+}
+template <class V, size_t... L>
+TGA_INLINE V rotate_half(V a, std::index_sequence<L...>) {
+  return __builtin_shufflevector(a, a, (L + sizeof...(L) / 2)...);
+}
+template <class V>
+TGA_INLINE V upper_half(V a) {
+  return rotate_half(a, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
+}
+
 // Transposes kLanes registers in place: in stage S, 2x2 blocks of S lanes swap their off-diagonal halves.
 template <int S, class V, size_t... L>
 TGA_INLINE void swap_blocks(V& a, V& b, std::index_sequence<L...>) {

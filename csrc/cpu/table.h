@@ -66,11 +66,11 @@ struct Table {
   void build_block(const B* bias, const uint8_t* mask, const Lane* lane, A* table) const {
     constexpr int W = kLanes<A>;
     for (int u = 0; u < block; u += W) {
-      if (bias) transpose_rows<B, A>(bias, p.bias, lane + u, static_cast<int>(p.k_len), 1, table + u, block);
-      for (int64_t k = 0; k < p.k_len; ++k) {
-        A* t = table + k * block + u;
-        store(t, bias ? log2_logit<A>(load(t)) : Vec<A>{});
-      }
+      if (bias)
+        transpose_rows<B, A>(
+            bias, p.bias, lane + u, static_cast<int>(p.k_len), [](Vec<A> x) { return log2_logit<A>(x); }, table + u, block);
+      else
+        for (int64_t k = 0; k < p.k_len; ++k) store(table + k * block + u, Vec<A>{});
       store(table + p.k_len * block + u, set1<A>(-kInf<A>));
     }
     if (!mask) return;
