@@ -3,13 +3,14 @@
 """What the CUDA kernels cost per score element, read from their machine code: no GPU is needed.
 
 Compiles the tensor-core kernels, disassembles them with cuobjdump (of the CUDA toolkit, or of the Triton wheel), finds the
-main loop of each, and prints per kernel registers, spills and, per score element and thread: issue slots, tensor-core
-instructions, exponentials, ldmatrix, and the milliclocks that each unit of an H100 takes (issue, exponentials, tensor
-cores, shared memory, L2); the largest binds. Instructions that a branch may skip are counted. Exits with 1 when a budget
-of csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
+main loop of each, and prints per kernel registers, stack and, per score element and thread: issue slots, those of the
+shortest way round the loop, tensor-core instructions (m16n8k16), exponentials, ldmatrix, reductions in global memory, local
+memory, and the milliclocks that each unit of an H100 takes (issue, exponentials, tensor cores, shared memory, L2); the
+largest binds. All but the shortest way count instructions that a branch may skip. Exits with 1 when a budget of
+csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
 
-    python benchmarks/sass_report.py                       sm_80 and sm_90, bfloat16 and float16, head_dim 16 and 32
-    python benchmarks/sass_report.py --archs sm_120 --head-dims 64
+    python benchmarks/sass_report.py            sm_80 and sm_90, bfloat16 and float16, every head_dim that must not spill
+    python benchmarks/sass_report.py --archs sm_120 --head-dims 96
     python benchmarks/sass_report.py --binary other.cubin --only 'fmha|attn'      the kernels of another library
 """
 
@@ -27,13 +28,13 @@ import subprocess
 import sys
 import tempfile
 
-from sass import CLOCK, MULTIPROCESSORS, Cost, Kernel, cost, disassemble, find_tool
+from sass import ATOMICS, CLOCK, LOCAL, MULTIPROCESSORS, Cost, Kernel, cost, disassemble, find_tool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 BUDGETS = json.loads((ROOT / "budgets.json").read_text())
+HEAD_DIMS = [16, 32, 48, 64]
 BUDGET_ARCH, BUDGET_DTYPE = "sm_90", "bf16"  # of the slots; spills and atomics count everywhere
-ACCESS = ("none", "half", "float", "general")
-ATOMICS, LOCAL = ("RED", "ATOM", "ATOMG", "ATOMS"), ("LDL", "STL")
+ACCESS, DTYPES = ("none", "half", "float", "general"), ("fp32", "fp64", "bf16", "fp16")  # by their numbers in the sources
 
 
 @dataclasses.dataclass
@@ -42,7 +43,7 @@ class Row:
 
     arch: str
     dtype: str
-    head_dim: int
+    head_dim: int  # 0: for any
     name: str  # forward, backward_query, ...
     access: str
     strip: bool
@@ -52,7 +53,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"{self.name} D={self.head_dim} {self.access}" + " strip" * self.strip + " shared" * self.shares
+        head_dim = f"D={self.head_dim} " if self.head_dim else ""
+        return f"{self.name} {head_dim}{self.access}".rstrip() + " strip" * self.strip + " shared" * self.shares
 
 
 def teams(name: str, head_dim: int, access: str, strip: bool) -> int:
@@ -62,30 +64,30 @@ def teams(name: str, head_dim: int, access: str, strip: bool) -> int:
     return 2 if name == "backward_key" and access != "general" and head_dim <= 64 else 1
 
 
-def describe(kernel: Kernel, arch: str, dtype: str) -> Row | None:
-    found = re.search(r"cuda\d+(forward|backward_query|backward_key|backward_bias)_kernel", kernel.symbol)
-    if found is None:
-        return None
-    name, numbers = found.group(1), [int(n) for n in re.findall(r"Li(\d+)E", kernel.symbol)]
-    access = ACCESS[int(re.search(r"BiasAccessE(\d)", kernel.symbol).group(1))]
-    strip = name == "backward_query" and "Lb1E" in kernel.symbol
+def describe(kernel: Kernel, arch: str) -> Row:
+    symbol = kernel.symbol
+    name, dtype = re.search(r"cuda\d+([a-z_]+)_kernel", symbol).group(1), re.search(r"DTypeE(\d)", symbol).group(1)
+    numbers = [int(n) for n in re.findall(r"Li(\d+)E", symbol)]
+    head_dim = numbers[0] if numbers else 0
+    found = re.search(r"BiasAccessE(\d)", symbol)
+    access = ACCESS[int(found.group(1))] if found else ""
+    strip = name == "backward_query" and "Lb1E" in symbol
     shares = name == "forward" and numbers[4] > 1  # Tile<type, head_dim, bias, warps, row tiles, block, group, stages>
-    costs = [cost(loop, teams(name, numbers[0], access, strip)) for loop in kernel.loops()]
+    costs = [cost(loop, teams(name, head_dim, access, strip)) for loop in kernel.loops()]
     # The main loop is the one without a mask, the cheapest.
     best = min((c for c in costs if c), key=lambda c: c.slots, default=None)
-    return Row(arch, dtype, numbers[0], name, access, strip, shares, kernel, best)
+    return Row(arch, DTYPES[int(dtype)], head_dim, name, access, strip, shares, kernel, best)
 
 
 def compile_and_read(arch: str, source: pathlib.Path, cuobjdump: str, folder: str) -> list[Row]:
     cubin = pathlib.Path(folder) / f"{source.stem}_{arch}.cubin"
     subprocess.run(["nvcc", "-std=c++20", "-O3", f"-arch={arch}", "-cubin", str(source), "-o", str(cubin)], check=True)
-    dtype = re.search("bf16|fp16", source.stem).group(0)
-    return [row for kernel in disassemble(cubin, cuobjdump) if (row := describe(kernel, arch, dtype))]
+    return [describe(kernel, arch) for kernel in disassemble(cubin, cuobjdump)]
 
 
 def instantiations(head_dims: list[int], dtypes: list[str]) -> list[pathlib.Path]:
-    """The sources with tensor-core kernels of these head_dims and dtypes."""
-    wanted = re.compile(rf"_({'|'.join(dtypes)})_({'|'.join(map(str, head_dims))})$")
+    """The sources with kernels of these head_dims and dtypes, and the one for any."""
+    wanted = re.compile(rf"_({'|'.join(dtypes)})_({'|'.join(map(str, head_dims))})$|^bias_workspace$")
     return sorted(p for p in (ROOT / "instantiations").glob("*.cu") if wanted.search(p.stem))
 
 
@@ -126,22 +128,30 @@ def backward_microseconds(rows: list[Row], access: str) -> float:
     return 512**3 * 4 * clocks / MULTIPROCESSORS / CLOCK * 1e6
 
 
-def print_rows(rows: list[Row]) -> None:
-    print("| kernel | registers | stack | slots | HMMA | exp2 | LDSM | issue / exp2 / HMMA / shared / L2 | binds |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        figures = "- | - | - | - | - | -"
-        if c := row.cost:
+def print_rows(rows: list[tuple[str, Kernel, Cost | None]]) -> None:
+    counts = "slots | least | HMMA | exp2 | LDSM | RED | local"
+    print(f"| kernel | registers | stack | {counts} | issue / exp2 / HMMA / shared / L2 | binds |")
+    print("|---" * 12 + "|")
+    for label, kernel, c in rows:
+        figures = " | ".join("-" * 9)
+        if c:
+            counts = (c.slots, c.least, c.hmma, c.exp2, c.ldsm, c.reductions, c.local)
             units = " / ".join(f"{1000 * bound:.0f}" for bound in c.bounds.values())
-            figures = f"{c.slots:.2f} | {c.hmma:.2f} | {c.exp2:.2f} | {c.ldsm:.2f} | {units} | {c.binding}"
-        print(f"| {row.label} | {row.kernel.registers} | {row.kernel.stack} | {figures} |")
+            figures = " | ".join([*(f"{count:.2f}" for count in counts), units, c.binding])
+        print(f"| {label} | {kernel.registers} | {kernel.stack} | {figures} |")
     print(flush=True)
+
+
+def peer_cost(kernel: Kernel, elements: int | None = None) -> Cost | None:
+    """Of the costliest loop over scores, since their unmasked loops are not told from others."""
+    costs = [c for loop in kernel.loops() if (c := cost(loop, elements=elements))]
+    return max(costs, key=lambda c: c.slots, default=None)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=["sm_80", "sm_90"], help="architectures to compile for")
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[16, 32], help="compiled head_dims to report")
+    parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS, help="compiled head_dims to report")
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16"], choices=["bf16", "fp16"])
     parser.add_argument(
         "--jobs", type=int, default=int(os.environ.get("MAX_JOBS", os.cpu_count())), help="compilers at a time"
@@ -155,7 +165,7 @@ def main() -> int:
         return 0
     if arguments.binary:
         kernels = disassemble(arguments.binary, cuobjdump, arguments.only)
-        print_rows([peer(kernel) for kernel in kernels])
+        print_rows([(kernel.symbol[:60], kernel, peer_cost(kernel)) for kernel in kernels])
         return 0
     sources = instantiations(arguments.head_dims, arguments.dtypes)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
@@ -164,7 +174,7 @@ def main() -> int:
     for arch in arguments.archs:
         for dtype in arguments.dtypes:
             print(f"{arch}, {dtype}: per score element and thread; milliclocks of each unit of an H100\n")
-            print_rows([r for r in rows if (r.arch, r.dtype) == (arch, dtype)])
+            print_rows([(r.label, r.kernel, r.cost) for r in rows if (r.arch, r.dtype) == (arch, dtype)])
     counted = [r for r in rows if r.cost and (r.arch, r.dtype) == (BUDGET_ARCH, BUDGET_DTYPE)]
     for access in ("half", "float"):
         if len(backward(counted, access, 32)) == 2:
@@ -175,13 +185,6 @@ def main() -> int:
         print(f"budget broken: {line}")
     print(f"{len(rows)} kernels, {len(broken)} budgets broken")
     return 1 if broken else 0
-
-
-def peer(kernel: Kernel) -> Row:
-    """A kernel of another library: its costliest loop over scores, since ours is not the only way to name things."""
-    costs = [c for loop in kernel.loops() if (c := cost(loop, 1))]
-    best = max(costs, key=lambda c: c.slots, default=None)
-    return Row("", "", 0, kernel.symbol[:60], "", False, False, kernel, best)
 
 
 if __name__ == "__main__":
