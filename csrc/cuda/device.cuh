@@ -33,8 +33,7 @@ struct alignas(16) Word4 {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <stdexcept>
-#include <string>
+#include "launch_error.h"
 
 namespace torch_gated_attn::cuda::dev {
 
@@ -262,13 +261,6 @@ TGA_DEVICE void store_shared(uint32_t address, Float4 v) {
 TGA_DEVICE void store_shared(uint32_t address, Word4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
-}
-
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("torch_gated_attn: ") + what +
-                             " failed on the GPU: " + cudaGetErrorString(status));
-  }
 }
 
 // Launches kernel(params) on `blocks` blocks. A grid holds 2^31 - 1 blocks; params.first_block carries on past them.
