@@ -5,7 +5,7 @@
 #
 #   make demo    the worked example          make bench   the measurements of the README
 #   make test    the tests                   make lint    format, style and type checks
-#   make sass    what the compiler made of the CUDA kernels, against their budgets; needs nvcc, no GPU
+#   make sass    what the compiler made of the CUDA kernels, against budgets and others' kernels; needs nvcc, no GPU
 #   make docs    the site, in build/site     make dist    source archive and wheel, checked, in dist/
 #
 # TORCH_VERSION=2.12.* takes another PyTorch, PYTHON=python3.12 another Python, TORCH_INDEX=URL another package index for torch
@@ -51,7 +51,7 @@ lint: $(TOOLS)
 
 # The torch of a GPU build brings Triton, and with it the disassembler.
 sass: $(TORCH)
-	MAX_JOBS=$(JOBS) $(BIN)/python benchmarks/sass_report.py $(ARGS)
+	MAX_JOBS=$(JOBS) $(BIN)/python benchmarks/sass_report.py --peers $(ARGS)
 
 docs: $(TOOLS)
 	$(BIN)/pip install mkdocs-material 'mkdocstrings[python]' latex2mathml

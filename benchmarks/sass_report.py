@@ -10,6 +10,7 @@ largest binds. All but the shortest way count instructions that a branch may ski
 csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
 
     python benchmarks/sass_report.py            sm_80 and sm_90, bfloat16 and float16, every head_dim that must not spill
+    python benchmarks/sass_report.py --peers    the same, and PyTorch's memory-efficient attention and trifast
     python benchmarks/sass_report.py --archs sm_120 --head-dims 96
     python benchmarks/sass_report.py --binary other.cubin --only 'fmha|attn'      the kernels of another library
 """
@@ -19,7 +20,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 
+import peers
 from sass import ATOMICS, CLOCK, LOCAL, MULTIPROCESSORS, Cost, Kernel, cost, disassemble, find_tool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -142,6 +146,16 @@ def print_rows(rows: list[tuple[str, Kernel, Cost | None]]) -> None:
     print(flush=True)
 
 
+def print_peers(arch: str, cuobjdump: str, head_dims: list[int]) -> None:
+    found = list(peers.sdpa(arch, cuobjdump))
+    tried = peers.trifast(arch, cuobjdump, head_dims)
+    for _, same in itertools.groupby(tried, key=lambda peer: peer.label.split()[1:3]):  # a kernel at a head_dim
+        # The cheapest of what it would try on a GPU.
+        found.append(min(same, key=lambda peer: c.bounds[c.binding] if (c := peer_cost(*peer[1:])) else math.inf))
+    print(f"{arch}, bf16: kernels of others; a loop within the main loop counts once\n")
+    print_rows([(label, kernel, peer_cost(kernel, elements)) for label, kernel, elements in found])
+
+
 def peer_cost(kernel: Kernel, elements: int | None = None) -> Cost | None:
     """Of the costliest loop over scores, since their unmasked loops are not told from others."""
     costs = [c for loop in kernel.loops() if (c := cost(loop, elements=elements))]
@@ -156,6 +170,7 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=int(os.environ.get("MAX_JOBS", os.cpu_count())), help="compilers at a time"
     )
+    parser.add_argument("--peers", action="store_true", help="also the kernels of PyTorch and, if installed, trifast")
     parser.add_argument("--binary", type=pathlib.Path, help="report the kernels of this cubin instead")
     parser.add_argument("--only", default="", help="of --binary: a pattern of their symbols")
     arguments = parser.parse_args()
@@ -175,6 +190,8 @@ def main() -> int:
         for dtype in arguments.dtypes:
             print(f"{arch}, {dtype}: per score element and thread; milliclocks of each unit of an H100\n")
             print_rows([(r.label, r.kernel, r.cost) for r in rows if (r.arch, r.dtype) == (arch, dtype)])
+        if arguments.peers:
+            print_peers(arch, cuobjdump, arguments.head_dims)
     counted = [r for r in rows if r.cost and (r.arch, r.dtype) == (BUDGET_ARCH, BUDGET_DTYPE)]
     for access in ("half", "float"):
         if len(backward(counted, access, 32)) == 2:
