@@ -68,12 +68,14 @@ def test_gate_over_every_subset(device, dtype):
     judge.verdict()
 
 
-def test_bias_mask_and_gate_together(device):
-    """A third of all pairs of patterns of bias and mask, each with another pattern of the gate."""
+@pytest.mark.parametrize("step", [3])
+def test_bias_mask_and_gate_together(device, step):
+    """A third of all pairs of patterns of bias and mask, each with another pattern of the gate. There are 32 of each: an
+    odd step meets all."""
     judge = Judge()
     for i, (a, b) in enumerate(itertools.product(SUBSETS, SUBSETS)):
-        if i % 3 == 0:
-            gate = shape_without(SUBSETS[i // 3 % 32], DV)
+        if i % step == 0:
+            gate = shape_without(SUBSETS[i // step % 32], DV)
             inputs = make(i, device=device, bias=shape_without(a), mask=shape_without(b), gate=gate)
             judge.compare(f"{label('bias', a)}, {label('mask', b)}", inputs)
     judge.verdict()
