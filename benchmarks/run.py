@@ -129,7 +129,7 @@ def main() -> None:
     report.print_differences(errors)
     shares: list[Share] = []
     if peak:
-        shares = measure_shares(peak, facts["instruction_set"], arguments.dtypes, arguments.repeat)
+        shares = measure_shares(peak, facts["instruction_set"], arguments.dtypes)
         report.print_shares(shares)
     used = measure_memory(arguments) if with_memory else {}
 

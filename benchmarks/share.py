@@ -12,6 +12,7 @@ import dataclasses
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from torch_gated_attn._bench.peers import operator
 from torch_gated_attn._bench.workloads import DTYPES, Workload, make_inputs
 
 HEAD_DIMS = (8, 16, 32, 64)
-UNDISTURBED = 0.97  # of the peak; undisturbed runs of the loop differ by less than 2 %
-LONGEST = 20
+UNDISTURBED = 0.97  # of the usual peak; undisturbed runs of the loop differ by less than 2 %
+TURNS, LONGEST_SECONDS = 20, 15.0
 # Triangle attention of a training crop; 16 batch rows, as T1's 64 only take longer on one thread.
 TRIANGLE = Workload(
     name="triangle",
@@ -98,9 +99,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def measure_shares(
-    peak: Peak, instruction_set: str, dtypes: list[str], repeat: int, base: Workload = TRIANGLE
-) -> list[Share]:
+def measure_shares(peak: Peak, instruction_set: str, dtypes: list[str], base: Workload = TRIANGLE) -> list[Share]:
     shares, peaks = [], peak.rates()
     with one_thread():
         for dtype in dtypes:
@@ -109,13 +108,12 @@ def measure_shares(
                     peak,
                     yardstick(instruction_set, dtype, peaks),
                     dtype,
-                    repeat,
                     dataclasses.replace(base, head_dim=head_dim),
                 )
     return shares
 
 
-def _measure(peak: Peak, instruction: str, dtype: str, repeat: int, workload: Workload) -> list[Share]:
+def _measure(peak: Peak, instruction: str, dtype: str, workload: Workload) -> list[Share]:
     inputs = make_inputs(workload, DTYPES[dtype])
     leaves = list(inputs.differentiable.values())
 
@@ -131,25 +129,25 @@ def _measure(peak: Peak, instruction: str, dtype: str, repeat: int, workload: Wo
     flops = 2 * workload.head_dim * workload.attended_pairs(inputs.mask)  # of one product Q x K x D, attended keys only
     shares = []
     for direction, call, products in (("forward", forward, 2), ("backward", backward, 5)):
-        seconds, rate = best_undisturbed(call, lambda: peak.rate(instruction, runs=1), repeat)
+        seconds, rate = best_undisturbed(call, lambda: peak.rate(instruction, runs=1))
         shares.append(Share(dtype, workload.head_dim, direction, products * flops / seconds, instruction, rate))
     return shares
 
 
-def best_undisturbed(call: Callable[[], None], peak_rate: Callable[[], float], repeat: int) -> tuple[float, float]:
-    """The shortest of `repeat` calls with the peak right before and after them, and that peak.
+def best_undisturbed(call: Callable[[], None], peak_rate: Callable[[], float]) -> tuple[float, float]:
+    """Of TURNS calls with the peak right before and after, the shortest for its peak: its seconds, and that peak.
 
-    A core that another machine shares does two thirds of its work for seconds at a time, which a multiply-add loop shows:
-    a call counts only where that loop reached the peak on both sides. After LONGEST turns what there is must do.
+    A core that another machine shares does two thirds of its work for seconds at a time, and for moments a tenth more; a
+    multiply-add loop shows both. So a call counts only where that loop ran undisturbed on both sides, and is held against
+    the faster of the two. After LONGEST_SECONDS what there is must do.
     """
-    turns, before = [], peak_rate()
     call()  # warms up
-    highest = before
-    for _ in range(LONGEST * repeat):
+    turns, before, end = [], peak_rate(), time.monotonic() + LONGEST_SECONDS
+    counted: list[tuple[float, float]] = []
+    while len(counted) < TURNS and time.monotonic() < end:
         seconds, after = timed(call), peak_rate()
-        turns.append((min(before, after), seconds))
-        highest, before = max(highest, after), after
-        if sum(rate > UNDISTURBED * highest for rate, _ in turns) >= repeat:
-            break
-    counted = [seconds for rate, seconds in turns if rate > UNDISTURBED * highest]
-    return min(counted or [seconds for _, seconds in turns]), highest
+        turns.append((min(before, after), max(before, after), seconds))
+        before = after
+        usual = sorted(low for low, _, _ in turns)[len(turns) * 9 // 10]
+        counted = [(seconds, high) for low, high, seconds in turns if low > UNDISTURBED * usual]
+    return min(counted, key=lambda turn: turn[0] * turn[1])
