@@ -2,11 +2,14 @@
 """The CPU kernels without PyTorch: random calls beside protected pages, under sanitizers, valgrind and own threads.
 
 TORCH_GATED_ATTN_FUZZ_CALLS=N draws N calls instead of a few hundred; TORCH_GATED_ATTN_FUZZ_SEED is the first one's seed.
+TORCH_GATED_ATTN_FUZZ_SECONDS=N lets libFuzzer run N seconds on every instruction set instead of a few on two.
 """
 
 from __future__ import annotations
 
 import os
+import random
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -18,19 +21,23 @@ from core.build import SETS, build
 COMPILER = os.environ.get("CXX", "g++")
 SEED = int(os.environ.get("TORCH_GATED_ATTN_FUZZ_SEED", "1"))
 CALLS = os.environ.get("TORCH_GATED_ATTN_FUZZ_CALLS")
+SECONDS = os.environ.get("TORCH_GATED_ATTN_FUZZ_SECONDS")
 ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 THREAD = ("-O1", "-fsanitize=thread")
 PLAIN = ("-O1",)
+FUZZER = ("-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined", "-DTORCH_GATED_ATTN_LIBFUZZER")
+MAIN = "int main() { return 0; }\n"
+FUZZED = 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }\n'
 
 pytestmark = pytest.mark.skipif(
     shutil.which(COMPILER) is None, reason=f"{COMPILER}, which compiles the core here, is missing"
 )
 
 
-def sanitizer_is_missing(flags: Sequence[str], folder: Path) -> bool:
+def sanitizer_is_missing(flags: Sequence[str], folder: Path, compiler: str = COMPILER, program: str = MAIN) -> bool:
     source = folder / "empty.cpp"
-    source.write_text("int main() { return 0; }\n")
-    command = [COMPILER, *flags, str(source), "-o", str(folder / "empty")]
+    source.write_text(program)
+    command = [compiler, *flags, str(source), "-o", str(folder / "empty")]
     return subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
@@ -69,15 +76,15 @@ def test_address_and_undefined_behaviour_sanitizers(capability, tmp_path):
     run([build(COMPILER, ADDRESS), capability, SEED + 10_000, calls, 1], calls, ASAN_OPTIONS="detect_leaks=0")
 
 
-def test_thread_sanitizer(tmp_path):
+@pytest.mark.parametrize("capability", SETS)
+def test_thread_sanitizer(capability, tmp_path):
     """Eight threads of the test's own; the bits are those of one thread."""
     if sanitizer_is_missing(THREAD, tmp_path):
         pytest.skip(f"{COMPILER} has no thread sanitizer")
     calls = calls_or(40)
     # Its shadow memory wants the addresses where they were before kernels drew them from a wider range.
     prefix = ["setarch", "-R"] if shutil.which("setarch") else []
-    capability = SETS[min(1, len(SETS) - 1)]
-    run([*prefix, build(COMPILER, THREAD, (capability,)), capability, SEED + 20_000, calls, 8], calls)
+    run([*prefix, build(COMPILER, THREAD), capability, SEED + 20_000, calls, 8], calls)
 
 
 @pytest.mark.parametrize("capability", SETS)
@@ -91,3 +98,29 @@ def test_threads_give_the_same_bits(capability):
 def test_valgrind_finds_no_uninitialised_read(capability):
     command = ["valgrind", "--quiet", "--error-exitcode=9", build(COMPILER, PLAIN), capability, SEED + 40_000, 12, 1, 12]
     run(command, 12)
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is missing: the seeded driver above runs in any case")
+def test_libfuzzer(tmp_path):
+    """Byte strings grown by what the kernels' branches and comparisons make of them."""
+    if sanitizer_is_missing(FUZZER, tmp_path, "clang++", FUZZED):
+        pytest.skip("clang++ has no libFuzzer")
+    program = build("clang++", ("-O1", *FUZZER), SETS if SECONDS else SETS[:2])
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    numbers = random.Random(SEED)
+    longest = 1 + 512  # the byte that chooses the set, and kBytesOfACall
+    for i in range(20):  # from nothing it would take long to find a call of any size
+        (corpus / str(i)).write_bytes(numbers.randbytes(longest))
+    options = {"max_total_time": SECONDS or 20, "max_len": longest, "seed": SEED, "artifact_prefix": f"{tmp_path}/"}
+    done = subprocess.run(
+        [program, *(f"-{name}={value}" for name, value in options.items()), "-print_final_stats=1", corpus],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+    )
+    assert done.returncode == 0, f"{program} FILE repeats the call of the file named last:\n{done.stderr[-6000:]}"
+    calls, coverage = re.findall(r"^#(\d+)\s+DONE\s+(.+)", done.stderr, re.MULTILINE)[0]
+    print(f"{calls} calls, {coverage}")
+    assert int(calls) >= 100

@@ -7,6 +7,7 @@ import concurrent.futures
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -19,9 +20,16 @@ SETS = ("default", "avx2", "avx512", "avx512_bf16") if X86 else ("default",)
 FLAGS = ("-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-pthread")
 
 
+def target_flags(compiler: str, source: Path) -> list[str]:
+    """A set's `#pragma GCC target` as flags, for clang, which ignores the pragma."""
+    pragma = re.search(r'^#pragma GCC target\("(.+)"\)', source.read_text(), re.MULTILINE)
+    return [f"-m{name}" for name in pragma[1].split(",")] if pragma and "clang" in compiler else []
+
+
 def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc: Path = CSRC) -> Path:
     """Path of the driver with the kernels of these instruction sets."""
-    sources = [*(csrc / "cpu" / f"{name}.cpp" for name in sets), HERE / "driver.cpp", HERE / "call.cpp"]
+    # In this order: of an inline function in several objects the linker takes the first, which any machine must run.
+    sources = [HERE / "driver.cpp", HERE / "call.cpp", *(csrc / "cpu" / f"{name}.cpp" for name in sets)]
     digest = hashlib.sha256(" ".join([compiler, *flags, *sets]).encode())
     for path in [*sources, *sorted([*(csrc / "cpu").glob("*.h"), csrc / "problem.h", *HERE.glob("*.h")])]:
         digest.update(path.read_bytes())
@@ -34,8 +42,9 @@ def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc:
 
     def compile_one(source: Path) -> Path:
         target = out / f"{source.stem}_{os.getpid()}.o"
-        # Warnings are errors, but immintrin.h of GCC 12 warns of itself.
-        own = ["-w"] if source.stem.startswith("avx") else ["-Werror"]
+        # Warnings are errors, but immintrin.h of GCC 12 warns of itself, and clang does not know GCC's pragmas.
+        own = ["-w"] if source.stem.startswith("avx") or "clang" in compiler else ["-Werror"]
+        own += target_flags(compiler, source)
         command = [compiler, *FLAGS, *flags, *own, *defines, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

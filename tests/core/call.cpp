@@ -52,7 +52,7 @@ Call::Call(Bytes& bytes, int64_t largest) {
   out = make(p.dtype, element, with(batch, p.heads, p.q_len, p.value_dim), bytes, false);
   const DType sum = sum_type(p.dtype);
   for (Tensor* t : {&lse, &row_max, &row_sum}) *t = make(sum, bytes_of(sum), with(batch, p.heads, p.q_len, 1), bytes, true);
-  if (bytes.below(8) != 0) {
+  if (bytes.usually(8)) {
     grad_out = make(p.dtype, element, out.sizes, bytes, false);
     fill(grad_out, numbers);
   }
@@ -60,21 +60,21 @@ Call::Call(Bytes& bytes, int64_t largest) {
     grad_lse = make(sum, bytes_of(sum), lse.sizes, bytes, false);
     fill(grad_lse, numbers);
   }
-  draw_gradients(bytes, batch);
+  draw_gradients(bytes);
   p.query = query.view, p.key = key.view, p.value = value.view, p.gate = gate.view, p.bias = bias.view;
   p.mask = mask.view, p.out = out.view, p.lse = lse.view, p.row_max = row_max.view, p.row_sum = row_sum.view;
 }
 
 // gate, bias and mask; the batch dimensions over which the bias is broadcast come last and are the rows that share it.
 void Call::draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch) {
-  if (bytes.below(4) != 0) {
+  if (bytes.usually(4)) {
     const Sizes full = with(batch, p.heads, p.q_len, p.value_dim);
     Sizes s = bytes.flip() ? full : bytes.flip() ? with(batch, p.heads, p.q_len, 1) : broadcast(full, bytes);
     gate = make(p.dtype, bytes_of(p.dtype), s, bytes, false);
     fill(gate, numbers);
   }
   int outer_dims = 0;
-  if (bytes.below(4) != 0) {
+  if (bytes.usually(4)) {
     Sizes s = broadcast(with(batch, p.heads, p.q_len, p.k_len), bytes);
     outer_dims = static_cast<int>(bytes.below(torch_gated_attn::kMaxBatchDims + 1));
     for (int d = 0; d < torch_gated_attn::kMaxBatchDims; ++d) s.batch[d] = d < outer_dims ? batch.batch[d] : 1;
@@ -85,7 +85,7 @@ void Call::draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch) {
     p.bias_dtype = p.dtype;
   }
   for (int d = 0; d < torch_gated_attn::kMaxBatchDims; ++d) (d < outer_dims ? p.outer : p.rows) *= p.batch[d];
-  if (bytes.below(4) != 0) {
+  if (bytes.usually(4)) {
     Sizes s = broadcast(with(batch, p.heads, p.q_len, p.k_len), bytes);
     mask = make(DType::kFloat32, 1, s, bytes, false);  // one byte each; the type says nothing
     const int64_t attended = bytes.below(4);           // of four keys
@@ -97,25 +97,24 @@ void Call::draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch) {
   }
 }
 
-void Call::draw_gradients(Bytes& bytes, const Sizes& batch) {
+void Call::draw_gradients(Bytes& bytes) {
   const size_t element = bytes_of(p.dtype);
-  if (bytes.below(4) != 0) d_query = make(p.dtype, element, query.sizes, bytes, false);
-  if (bytes.below(4) != 0) d_key = make(p.dtype, element, key.sizes, bytes, false);
-  if (bytes.below(4) != 0) d_value = make(p.dtype, element, value.sizes, bytes, false);
-  if (gate && bytes.below(4) != 0) {
+  if (bytes.usually(4)) d_query = make(p.dtype, element, query.sizes, bytes, false);
+  if (bytes.usually(4)) d_key = make(p.dtype, element, key.sizes, bytes, false);
+  if (bytes.usually(4)) d_value = make(p.dtype, element, value.sizes, bytes, false);
+  if (gate && bytes.usually(4)) {
     // As the launcher: a gate that is broadcast otherwise than over the head's dimensions gets a full gradient.
     Sizes s = gate.sizes, full = out.sizes;
     bool per_query = s.heads == full.heads && s.rows == full.rows;
     for (int d = 0; d < torch_gated_attn::kMaxBatchDims; ++d) per_query &= s.batch[d] == full.batch[d];
     d_gate = make(p.dtype, element, per_query ? s : full, bytes, false);
   }
-  if (bias && bytes.below(4) != 0) {
+  if (bias && bytes.usually(4)) {
     // One slice per group of rows, and per key/value head where heads share a bias, is cut from the outermost dimension.
     const DType sum = sum_type(p.dtype);
     d_bias = make(sum, bytes_of(sum), bias.sizes, bytes, true);
     bias_heads_shared = bias.sizes.heads == 1;
   }
-  (void)batch;
 }
 
 }  // namespace core_test

@@ -17,6 +17,9 @@ using torch_gated_attn::DType;
 using torch_gated_attn::Problem;
 using torch_gated_attn::View;
 
+// At least what the longest call draws: what is drawn last, the gradients, would else be the same in every call.
+constexpr size_t kBytesOfACall = 512;
+
 class Bytes {
  public:
   Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
@@ -26,6 +29,7 @@ class Bytes {
     return static_cast<int64_t>(x % static_cast<uint64_t>(n));
   }
   bool flip() { return below(2) == 1; }
+  bool usually(int64_t n) { return below(n) != n - 1; }  // n - 1 times of n; when the bytes run out, too
 
  private:
   const uint8_t* data_;
@@ -157,12 +161,11 @@ struct Call {
   Problem p;
   Tensor query, key, value, gate, bias, mask, out, lse, row_max, row_sum, grad_out, grad_lse;
   Tensor d_query, d_key, d_value, d_gate, d_bias;
-  int64_t bias_slices = 1;
   bool bias_heads_shared = false;
 
   explicit Call(Bytes& bytes, int64_t largest);
   void draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch);
-  void draw_gradients(Bytes& bytes, const Sizes& batch);
+  void draw_gradients(Bytes& bytes);
 };
 
 }  // namespace core_test
