@@ -25,10 +25,11 @@ class Bytes {
   Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
   int64_t below(int64_t n) {  // in [0, n); 0 when the bytes run out
     uint64_t x = 0;
-    for (int i = 0; i < 2; ++i) x = x << 8 | (at_ < size_ ? data_[at_++] : 0);
+    for (int i = 0; i < 2; ++i, ++at_) x = x << 8 | (at_ < size_ ? data_[at_] : 0);
     return static_cast<int64_t>(x % static_cast<uint64_t>(n));
   }
   bool flip() { return below(2) == 1; }
+  bool ran_out() const { return at_ > size_; }
   bool usually(int64_t n) { return below(n) != n - 1; }  // n - 1 times of n; when the bytes run out, too
 
  private:

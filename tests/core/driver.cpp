@@ -152,6 +152,7 @@ int main(int argc, char** argv) {
     for (uint8_t& b : bytes) b = static_cast<uint8_t>((numbers.next() + 1) * 128);
     core_test::Bytes drawn(bytes, sizeof bytes);
     core_test::Call call(drawn, largest);
+    if (drawn.ran_out()) core_test::fail("kBytesOfACall is too small");
     core_test::check_call(call, *kernels, threads);
   }
   std::printf("%llu calls\n", static_cast<unsigned long long>(calls));
