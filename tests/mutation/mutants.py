@@ -2,12 +2,13 @@
 """Deliberate errors, each one piece of the library's text replaced.
 
 1 to 25 are those every suite for fused attention should kill; those after them are aimed at the SIMD code and at the
-launcher of this library.
+launchers of this library.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +18,8 @@ class Mutant:
     file: str  # relative to csrc
     right: str
     wrong: str
-    capability: str = "avx2"  # the instruction set whose kernels are compiled anew, if the file is a kernel's
+    capability: str = "avx2"  # the instruction set whose kernels are compiled anew, if the file is a kernel's; "": CUDA
 
-
-NEEDS_GPU = {22: "launch on the default stream", 23: "no device guard"}
 
 MUTANTS = [
     Mutant(1, "query times key ignored", "cpu/forward_block.h", "      add_dot<A, A, NQ>(s, k + i, q, head_dim);\n", ""),
@@ -158,6 +157,22 @@ MUTANTS = [
         "for (int i = 0; i < W && i < lanes; ++i) store_n(base + lane[i].offset(v) + j, r[i], n);",
         "for (int i = 0; i < W && i + (lanes < W) < lanes; ++i) store_n(base + lane[i].offset(v) + j, r[i], n);",
     ),
+    Mutant(
+        22,
+        "launch on the default stream",
+        "cuda/launcher.cpp",
+        "c10::cuda::getCurrentCUDAStream(index)",
+        "c10::cuda::getDefaultCUDAStream(index)",
+        "",
+    ),
+    Mutant(
+        23,
+        "no device guard",
+        "cuda/launcher.cpp",
+        "  const c10::cuda::CUDAGuard guard(query.device());\n  ForwardResult",
+        "  ForwardResult",
+        "",
+    ),
     Mutant(24, "mask inverted", "cpu/keys.h", "n += !mask || mask[", "n += !mask || !mask["),
     Mutant(
         25,
@@ -237,4 +252,18 @@ MUTANTS = [
         "(stride == 0 && may_broadcast)",
         "(stride == 0 && (may_broadcast || true))",
     ),
+    Mutant(
+        36,
+        "no device guard in the backward",
+        "cuda/launcher.cpp",
+        "  const c10::cuda::CUDAGuard guard(query.device());\n  Gradients",
+        "  Gradients",
+        "",
+    ),
 ]
+
+
+def outdated(csrc: Path) -> list[str]:
+    """Mutants whose text these sources do not contain exactly once: they would plant nothing, or something else."""
+    counts = {m: (csrc / m.file).read_text().count(m.right) for m in MUTANTS}
+    return [f"mutant {m.number}: {m.file} contains its text {n} times" for m, n in counts.items() if n != 1]
