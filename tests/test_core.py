@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from core.build import SETS, build
+from core.build import CSRC, HERE, SETS, build
 
 COMPILER = os.environ.get("CXX", "g++")
 SEED = int(os.environ.get("TORCH_GATED_ATTN_FUZZ_SEED", "1"))
@@ -66,6 +66,12 @@ def test_random_calls_beside_protected_pages(capability):
     """Inputs and outputs touch protected pages; outputs are NaN first; their gaps and the inputs stay as they were."""
     calls = calls_or(300)
     run([build(COMPILER, PLAIN), capability, SEED, calls, 1], calls)
+
+
+def test_sanitizers_see_every_masked_access():
+    masked = re.compile(r"\b_mm\d+_maskz?_(?:load|store)\w+")
+    used = {name for path in (CSRC / "cpu").iterdir() for name in masked.findall(path.read_text())}
+    assert used == set(masked.findall((HERE / "instrumented.h").read_text()))
 
 
 @pytest.mark.parametrize("capability", SETS)

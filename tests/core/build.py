@@ -45,6 +45,8 @@ def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc:
         # Warnings are errors, but immintrin.h of GCC 12 warns of itself, and clang does not know GCC's pragmas.
         own = ["-w"] if source.stem.startswith("avx") or "clang" in compiler else ["-Werror"]
         own += target_flags(compiler, source)
+        if source.stem.startswith("avx512") and any(flag.startswith("-fsanitize") for flag in flags):
+            own += ["-include", str(HERE / "instrumented.h")]
         command = [compiler, *FLAGS, *flags, *own, *defines, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
