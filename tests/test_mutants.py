@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""mutation/run.py takes an hour and is run by hand; that its mutants still fit the sources is checked every time."""
+"""mutation/run.py takes long and is run by hand; that its mutants still fit the sources is checked every time."""
 
 from pathlib import Path
 
