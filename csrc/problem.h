@@ -49,10 +49,15 @@ inline bool masks_keys(const Problem& p) {
 inline bool shares_logits(const Problem& p) {
   return p.bias.data || (p.mask.data && !masks_keys(p) && !p.mask_varies_by_row);
 }
+// So few queries per key/value head that they get a path of their own (cpu/few_queries.h), whose units take all heads of
+// their rows. Whatever gradients are wanted: a backward must repeat the scores of the forward, whose sums it divides by.
+constexpr int64_t kFewQueries = 4;
+inline bool has_few_queries(const Problem& p) { return p.heads / p.kv_heads * p.q_len <= kFewQueries; }
+
 // Whether each element of a d_bias slice comes from one query, head and key of a unit of work, which then stores it;
-// otherwise they are added to the slice.
+// otherwise they are added to the slice, row by row where queries are few.
 inline bool d_bias_is_stored(const Problem& p) {
-  return p.d_bias.row != 0 && p.d_bias.col != 0 && (p.d_bias.head != 0 || p.heads == p.kv_heads);
+  return !has_few_queries(p) && p.d_bias.row != 0 && p.d_bias.col != 0 && (p.d_bias.head != 0 || p.heads == p.kv_heads);
 }
 
 }  // namespace torch_gated_attn

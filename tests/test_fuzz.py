@@ -154,6 +154,25 @@ def test_random_calls():
     fuzz()
 
 
+def test_the_backward_repeats_the_forward_of_few_queries():
+    """Found by a long run: the forward had summed a score in one order and the backward, for d_bias, in another."""
+    other: dict[str, object] = {"batch": [], "mask": None, "float32_bias": False, "masked_rows": "zero", "lse": False}
+    sizes: dict[str, object] = {"heads": 2, "kv_heads": 1, "q": 1, "k": 31, "d": 64, "dv": 2, "scale": 1.0}
+    layouts, wrt = ["contiguous"] * 8, [False, False, True, False, True]
+    check(
+        {
+            "seed": 1395,
+            "dtype": "float64",
+            "gate": [2, 1, 2],
+            "bias": [1, 1, 1],
+            "layouts": layouts,
+            "wrt": wrt,
+            **sizes,
+            **other,
+        }
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     check(json.loads(arguments[0]))
     print("right")

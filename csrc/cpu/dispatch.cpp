@@ -58,9 +58,6 @@ const char* cpu_capability() { return cpu_kernels().name; }
 
 CpuChoice choose_cpu(const Problem& p) {
   if (has_few_queries(p)) return {"few queries", "at most 4 queries share a key head: each walks the keys by itself"};
-  if (p.heads / p.kv_heads * p.q_len <= kFewQueries)
-    return {"query per lane",
-            "the gradient of the bias is summed over batch rows, which few queries do not do by themselves"};
   return {"query per lane", "more than 4 queries share a key head: each takes a lane of a vector"};
 }
 static_assert(kFewQueries == 4, "the sentences above say so");

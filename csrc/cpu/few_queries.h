@@ -176,6 +176,7 @@ class FewQueriesBackward {
   void run(const BackwardUnitOfWork& w) {
     Lanes lanes;
     lanes.fill(0, p_.heads / p_.kv_heads * p_.q_len, p_.q_len, 1);
+    partial_ = w.partial;
     const int64_t group = p_.heads / p_.kv_heads;
     for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch) {
       for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
@@ -236,6 +237,10 @@ class FewQueriesBackward {
       scores_.score[i] = p;
       d_scores_[i] = dead ? 0 : p * (scores_.dot(rows_.d_o, values + scores_.key[i] * p_.value.row, p_.value_dim) - delta);
     }
+    if (p_.d_bias.data) {
+      A* d_bias = at<A>(p_.d_bias, batch.d_bias, head) + partial_ + lane.offset(p_.d_bias);
+      for (int i = 0; i < scores_.count; ++i) d_bias[scores_.key[i] * p_.d_bias.col] += d_scores_[i];
+    }
     add_query_and_key(keys, at<const T>(p_.query, batch.query, head) + lane.offset(p_.query),
                       p_.d_query.data ? at<T>(p_.d_query, batch.d_query, head) + lane.offset(p_.d_query) : nullptr);
     if (!rows_.d_v) return;
@@ -291,5 +296,6 @@ class FewQueriesBackward {
   const Problem& p_;
   QueryScores<T, A> scores_;
   KeyValueGradients rows_;
-  A* d_scores_;  // [k_len]
+  A* d_scores_;          // [k_len]
+  int64_t partial_ = 0;  // of this unit's slice of d_bias, which the launcher has zeroed
 };

@@ -8,11 +8,6 @@
 
 namespace torch_gated_attn {
 
-// So few queries per key/value head that they get a path of their own (few_queries.h), whose units take all heads of their
-// rows. A bias gradient is summed over rows by the general kernels alone.
-constexpr int64_t kFewQueries = 4;
-inline bool has_few_queries(const Problem& p) { return p.heads / p.kv_heads * p.q_len <= kFewQueries && !p.d_bias.data; }
-
 // Queries are counted over the heads that share a key/value head: head_in_group * q_len + query.
 struct ForwardUnitOfWork {
   int64_t outer, kv_head, first_query, end_query, row_begin, row_end;

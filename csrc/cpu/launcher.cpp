@@ -141,7 +141,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   bool shared_heads = false;
   if (d_bias.defined()) {
     shared_heads = d_bias.dim() < 3 || d_bias.size(-3) == 1;
-    slices = schedule.row_groups * (shared_heads ? p.kv_heads : 1);
+    slices = schedule.row_groups * (shared_heads ? head_units(p) : 1);
     if (slices == 1 && d_bias.scalar_type() == row_sum.scalar_type()) {
       o.d_bias = d_bias;
     } else {
@@ -158,7 +158,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
             [&](int64_t i, char* scratch) {
               BackwardUnitOfWork unit = schedule.unit(p, i);
               const int64_t group = unit.row_begin / schedule.rows_per_group;
-              unit.partial = (shared_heads ? group * p.kv_heads + unit.kv_head : group) * slice_elements;
+              unit.partial = (shared_heads ? group * head_units(p) + unit.kv_head : group) * slice_elements;
               kernels.backward(p, unit, schedule.max_lanes, schedule.rows_per_group, scratch);
             });
   if (partials.defined()) ordered_sum(partials, d_bias);

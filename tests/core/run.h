@@ -44,7 +44,7 @@ inline void run_backward(Call& c, const CpuKernels& kernels, int threads) {
   int64_t slices = 1;
   const size_t slice_bytes = static_cast<size_t>(c.d_bias.elements) * bytes_of(c.d_bias.type);
   if (c.d_bias) {
-    slices = schedule.row_groups * (c.bias_heads_shared ? p.kv_heads : 1);
+    slices = schedule.row_groups * (c.bias_heads_shared ? torch_gated_attn::head_units(p) : 1);
     partials = std::make_unique<Guarded>(slice_bytes * static_cast<size_t>(slices), true);
     p.d_bias = c.d_bias.view;
     p.d_bias.data = partials->data();
@@ -55,7 +55,8 @@ inline void run_backward(Call& c, const CpuKernels& kernels, int threads) {
             [&](int64_t i, char* scratch) {
               auto unit = schedule.unit(p, i);
               const int64_t group = unit.row_begin / schedule.rows_per_group;
-              unit.partial = (c.bias_heads_shared ? group * p.kv_heads + unit.kv_head : group) * c.d_bias.elements;
+              unit.partial = (c.bias_heads_shared ? group * torch_gated_attn::head_units(p) + unit.kv_head : group) *
+                             c.d_bias.elements;
               kernels.backward(p, unit, schedule.max_lanes, schedule.rows_per_group, scratch);
             });
   if (!c.d_bias) return;
