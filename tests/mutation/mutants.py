@@ -291,6 +291,14 @@ MUTANTS = [
         "return log2_logit<A>(x);",
         "return x * set1<A>(static_cast<A>(kLog2E));",
     ),
+    Mutant(
+        41,
+        "denormal results stay flushed after a call",
+        "cpu/simd.h",
+        "~FlushToZero() { _mm_setcsr(before_); }",
+        "~FlushToZero() {}",
+        "avx512",
+    ),
 ]
 
 
