@@ -173,6 +173,15 @@ def test_the_backward_repeats_the_forward_of_few_queries():
     )
 
 
+def test_the_gradient_of_one_gate_for_all_from_an_expanded_gradient():
+    """Found by a long run: 32 nearly equal terms, summed in float32 one after the other, all rounded the same way."""
+    other: dict[str, object] = {"bias": None, "mask": None, "float32_bias": False, "masked_rows": "zero", "lse": False}
+    sizes: dict[str, object] = {"batch": [1, 1], "heads": 2, "kv_heads": 2, "q": 16, "k": 1, "d": 1, "dv": 1, "scale": None}
+    layouts = [*["contiguous"] * 6, "expanded", "contiguous"]
+    wrt = [False, False, False, True, False]
+    check({"seed": 697, "dtype": "float32", "gate": [1] * 5, "layouts": layouts, "wrt": wrt, **sizes, **other})
+
+
 def main(arguments: Sequence[str]) -> None:
     check(json.loads(arguments[0]))
     print("right")

@@ -11,16 +11,17 @@
 namespace torch_gated_attn {
 namespace {
 
-template <class Part, class Out, class Sum>
+// In double: equal parts, as an expanded gradient gives, would round all the same way in float.
+template <class Part, class Out>
 void sum_parts(const Part* parts, int64_t count, int64_t n, Out* out) {
   constexpr int64_t kChunk = 4096;  // sums on the stack, 32 KiB at most
   at::parallel_for(0, (n + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
-    Sum sum[kChunk];
+    double sum[kChunk];
     for (int64_t first = begin * kChunk; first < std::min(n, end * kChunk); first += kChunk) {
       const int64_t length = std::min(kChunk, n - first);
-      std::fill_n(sum, length, Sum(0));
+      std::fill_n(sum, length, 0.0);
       for (int64_t p = 0; p < count; ++p)
-        for (int64_t i = 0; i < length; ++i) sum[i] += static_cast<Sum>(parts[p * n + first + i]);
+        for (int64_t i = 0; i < length; ++i) sum[i] += static_cast<double>(parts[p * n + first + i]);
       for (int64_t i = 0; i < length; ++i) out[first + i] = static_cast<Out>(sum[i]);
     }
   });
@@ -36,9 +37,8 @@ void ordered_sum(const at::Tensor& parts, const at::Tensor& out) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out.scalar_type(), "ordered_sum", [&] {
     using Out = scalar_t;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, parts.scalar_type(), "ordered_sum", [&] {
-      using Sum = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-      sum_parts<scalar_t, Out, Sum>(dense_parts.const_data_ptr<scalar_t>(), parts.numel() / n, n,
-                                    dense_out.mutable_data_ptr<Out>());
+      sum_parts<scalar_t, Out>(dense_parts.const_data_ptr<scalar_t>(), parts.numel() / n, n,
+                               dense_out.mutable_data_ptr<Out>());
     });
   });
   if (!dense_out.is_same(out)) out.copy_(dense_out);
