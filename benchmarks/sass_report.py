@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 
-import peers
+import sass_peers
 from sass import ATOMICS, CLOCK, LOCAL, MULTIPROCESSORS, Cost, Kernel, cost, disassemble, find_tool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -147,8 +147,8 @@ def print_rows(rows: list[tuple[str, Kernel, Cost | None]]) -> None:
 
 
 def print_peers(arch: str, cuobjdump: str, head_dims: list[int]) -> None:
-    found = list(peers.sdpa(arch, cuobjdump))
-    tried = peers.trifast(arch, cuobjdump, head_dims)
+    found = list(sass_peers.sdpa(arch, cuobjdump))
+    tried = sass_peers.trifast(arch, cuobjdump, head_dims)
     for _, same in itertools.groupby(tried, key=lambda peer: peer.label.split()[1:3]):  # a kernel at a head_dim
         # The cheapest of what it would try on a GPU.
         found.append(min(same, key=lambda peer: c.bounds[c.binding] if (c := peer_cost(*peer[1:])) else math.inf))

@@ -16,7 +16,7 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 @pytest.fixture
 def peers(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return pytest.importorskip("peers")
+    return pytest.importorskip("sass_peers")
 
 
 def test_what_is_not_installed_is_said(peers, monkeypatch, capsys):
