@@ -27,13 +27,15 @@ struct BackwardBlock {
 
   // d_k, d_v: accumulator rows of the listed keys, null if not wanted.
   void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, const int32_t* d_table_row, int count,
-                A* d_k, A* d_v) const {
+                A* d_k, A* d_v, Prefetch& prefetch) const {
     for (int i = 0; i < count; i += kMicroKeys) {
-      scores(k + i, logits, i);
+      scores(k + i, logits, i, prefetch);
+      prefetch.micro_tile(2), prefetch.micro_tile(6);
       Vec<A> s[kMicroKeys][NQ];
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] =
           load(minus_delta + u * W);
       add_dot<A, A, NQ>(s, v + i, d_o, value_dim);
+      prefetch.micro_tile(3), prefetch.micro_tile(7);
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) {
         s[j][u] *= load(p + (i + j) * kBlock + u * W);
         store(d_s + (i + j) * kBlock + u * W, s[j][u]);
@@ -44,7 +46,9 @@ struct BackwardBlock {
           store(t, load(t) + s[j][u]);
         }
       }
+      prefetch.micro_tile(4), prefetch.micro_tile(8);
       if (d_q) add_outer<A, A, NQ>(d_q, s, k + i, head_dim);
+      prefetch.micro_tile(5), prefetch.micro_tile(9);
     }
     if (d_v) rows(value_dim, d_v, p, d_o_rows, count, v_stride);
     if (d_k) rows(head_dim, d_k, d_s, q_rows, count, k_stride);
@@ -52,11 +56,14 @@ struct BackwardBlock {
 
  private:
   // p = 2^(s - shift)
-  inline __attribute__((always_inline)) void scores(const A* const* k, const LogitTile<A>& logits, int i) const {
+  inline __attribute__((always_inline)) void scores(const A* const* k, const LogitTile<A>& logits, int i,
+                                                    Prefetch& prefetch) const {
     Vec<A> s[kMicroKeys][NQ], m[NQ];
     TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] =
         load(logits.data + static_cast<int64_t>(logits.row[i + j]) * kBlock + u * W);
+    prefetch.micro_tile(0);
     add_dot<A, A, NQ>(s, k, q, head_dim);
+    prefetch.micro_tile(1);
     TGA_UNROLL for (int u = 0; u < NQ; ++u) m[u] = load(shift + u * W);
     TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
         store(p + (i + j) * kBlock + u * W, exp2<A, true>(s[j][u] - m[u]));

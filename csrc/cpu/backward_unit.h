@@ -85,9 +85,10 @@ class BackwardUnit {
     }
     if (p_.d_query.data) __builtin_memset(d_q_, 0, sizeof(A) * lanes_.padded * head_dim_);
 
-    Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
-    if (r + 1 < w.row_end && comes_from_memory<T>(p_))
-      prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
+    Prefetch prefetch;
+    if (r + 1 < w.row_end) prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
+    prefetch_results(prefetch, batch, w.kv_head, last);
+    prefetch.spread((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock), kTileKeys / kKeyGroup<T>);
     add_tiles(mask, prefetch, d_k, d_v);
     if (p_.d_query.data) {
       for (int u = 0; u < lanes_.count; u += W)
@@ -107,16 +108,17 @@ class BackwardUnit {
     for (int key = 0; key < keys_.padded; key += kTileKeys) {
       const int count = keys_.padded - key < kTileKeys ? keys_.padded - key : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
-        prefetch.step();
+        prefetch.tile();
         const LogitTile<A> logits =
             table_.logits(s, keys_.table_row + key, keys_.key + key, mask, lanes_, count, keys_.count - key);
-        add_tile(s, key, count, logits, d_k ? d_k + key * k_stride_ : nullptr, d_v ? d_v + key * v_stride_ : nullptr);
+        add_tile(s, key, count, logits, prefetch, d_k ? d_k + key * k_stride_ : nullptr, d_v ? d_v + key * v_stride_ : nullptr);
       }
     }
   }
 
   // One tile of keys for sub-block s.
-  void add_tile(int s, int key, int count, const LogitTile<A>& logits, A* d_k, A* d_v) const {
+  void add_tile(int s, int key, int count, const LogitTile<A>& logits, Prefetch& prefetch, A* d_k,
+                A* d_v) const {
     const int left = lanes_.count - s * kBlock, lanes = left < kBlock ? left : kBlock;
     const O *q = q_ + s * kBlock * operands<T>(head_dim_), *d_o = d_o_ + s * kBlock * operands<T>(value_dim_);
     const O *q_rows = q_rows_ + s * operands<T>(kBlock) * k_stride_,
@@ -129,11 +131,11 @@ class BackwardUnit {
       PairBackwardBlock<NQ>{
           q,      d_o,       q_rows,    d_o_rows,   shift, minus_delta, d_q,       d_table,
           probs_, d_scores_, head_dim_, value_dim_, lanes, k_stride_,   v_stride_, static_cast<A>(p_.scale * kLog2E)}
-          .add_keys(keys_.k + key, keys_.v + key, keys_.k_outer + key / 2, logits, d_table_row, count, d_k, d_v);
+          .add_keys(keys_.k + key, keys_.v + key, keys_.k_outer + key / 2, logits, d_table_row, count, d_k, d_v, prefetch);
     else
       BackwardBlock<A, NQ>{q,      d_o,       q_rows,    d_o_rows,   shift, minus_delta, d_q,      d_table,
                            probs_, d_scores_, head_dim_, value_dim_, lanes, k_stride_,   v_stride_}
-          .add_keys(keys_.k + key, keys_.v + key, logits, d_table_row, count, d_k, d_v);
+          .add_keys(keys_.k + key, keys_.v + key, logits, d_table_row, count, d_k, d_v, prefetch);
   }
 
   void prefetch_row(Prefetch& prefetch, const Offsets& next, int64_t kv_head) const {
@@ -143,6 +145,14 @@ class BackwardUnit {
     prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
     prefetch.lanes(at<const T>(p_.out, next.out, head_), p_.out, lanes_, p_.value_dim);
     prefetch.lanes(at<const T>(p_.grad_out, next.grad_out, head_), p_.grad_out, lanes_, p_.value_dim);
+    prefetch.lanes(at<const T>(p_.d_gate, next.d_gate, head_), p_.d_gate, lanes_, p_.value_dim);
+  }
+  // The lines that this row's results go to, so that their stores need not wait for them.
+  void prefetch_results(Prefetch& prefetch, const Offsets& batch, int64_t kv_head, bool last) const {
+    prefetch.lanes(at<const T>(p_.d_query, batch.d_query, head_), p_.d_query, lanes_, p_.head_dim);
+    if (!last) return;
+    prefetch.keys(at<const T>(p_.d_key, batch.d_key, kv_head), p_.d_key, p_.k_len, p_.head_dim);
+    prefetch.keys(at<const T>(p_.d_value, batch.d_value, kv_head), p_.d_value, p_.k_len, p_.value_dim);
   }
 
   // For the lanes of the sub-block from lane `first`: shift, -delta and the rows of dO (d_o_plain_), and d_gate, which is
@@ -289,6 +299,7 @@ class BackwardUnit {
         transpose<A>(r);
         for (int i = 0; i < W && u + i < lanes_.count; ++i) {
           A* dst = base + lanes_.lane[u + i].offset(p_.d_bias);
+          __builtin_prefetch(dst + W * p_.d_bias.row + k, 1);  // of the next lanes, as in transpose_rows
           if (p_.d_bias.col == 0)
             *dst += sum_lanes(r[i]);
           else

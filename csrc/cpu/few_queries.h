@@ -78,10 +78,10 @@ static inline void prefetch_keys(const Problem& p, const Offsets& next) {
   constexpr int64_t kMostKeys = 32;
   if (p.k_len > kMostKeys) return;
   for (int64_t head = 0; head < p.kv_heads; ++head) {
-    Prefetch prefetch(1);
+    Prefetch prefetch;
     prefetch.keys(at<const T>(p.key, next.key, head), p.key, p.k_len, p.head_dim);
     prefetch.keys(at<const T>(p.value, next.value, head), p.value, p.k_len, p.value_dim);
-    prefetch.step();
+    prefetch.all();
   }
 }
 

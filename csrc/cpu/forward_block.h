@@ -57,16 +57,20 @@ struct ForwardBlock {
   }
 
   // Adds `count` keys, a multiple of kMicroKeys.
-  void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, int count) const {
+  void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, int count, Prefetch& prefetch) const {
     alignas(kVectorBytes) A scores[kMicroKeys * kBlock];
     for (int i = 0; i < count; i += kMicroKeys) {
+      prefetch.micro_tile(0);
       Vec<A> s[kMicroKeys][NQ];
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) s[j][u] =
           load(logits.data + static_cast<int64_t>(logits.row[i + j]) * kBlock + u * W);
       add_dot<A, A, NQ>(s, k + i, q, head_dim);
+      prefetch.micro_tile(1);
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
           store(scores + j * kBlock + u * W, s[j][u]);
+      prefetch.micro_tile(2);
       softmax<kMicroKeys>(scores, [&](int j, int u, Vec<A> p) { s[j][u] = p; });
+      prefetch.micro_tile(3), prefetch.micro_tile(4);
       add_outer<A, A, NQ>(o, s, v + i, value_dim);
     }
   }

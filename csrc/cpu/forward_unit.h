@@ -56,13 +56,15 @@ class ForwardUnit {
     }
     __builtin_memset(o_, 0, sizeof(A) * lanes_.padded * value_dim_);
 
-    Prefetch prefetch((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock));
-    if (!last && comes_from_memory<T>(p_)) {
+    Prefetch prefetch;
+    if (!last) {
       prefetch.keys(at<const T>(p_.key, next.key, w.kv_head), p_.key, p_.k_len, p_.head_dim);
       prefetch.keys(at<const T>(p_.value, next.value, w.kv_head), p_.value, p_.k_len, p_.value_dim);
       prefetch.lanes(at<const T>(p_.query, next.query, head_), p_.query, lanes_, p_.head_dim);
       prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
     }
+    prefetch.lanes(at<const T>(p_.out, batch.out, head_), p_.out, lanes_, p_.value_dim);
+    prefetch.spread((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock), kTileKeys / kKeyGroup<T>);
     add_tiles(mask, prefetch);
     for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
   }
@@ -72,15 +74,15 @@ class ForwardUnit {
     for (int first = 0; first < keys_.padded; first += kTileKeys) {
       const int count = keys_.padded - first < kTileKeys ? keys_.padded - first : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
-        prefetch.step();
+        prefetch.tile();
         const LogitTile<A> logits =
             table_.logits(s, keys_.table_row + first, keys_.key + first, mask, lanes_, count, keys_.count - first);
         const ForwardBlock<A, NQ> block = this->block(s);
         if constexpr (kPairs<T>)
           PairForwardBlock<NQ>{q_ + s * kBlock * operands<T>(head_dim_), block, static_cast<A>(p_.scale * kLog2E)}.add_keys(
-              keys_.k + first, keys_.v_outer + first / 2, logits, count);
+              keys_.k + first, keys_.v_outer + first / 2, logits, count, prefetch);
         else
-          block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count);
+          block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count, prefetch);
       }
     }
   }

@@ -33,7 +33,8 @@ TGA_INLINE auto times(double factor) {
   return [f = static_cast<A>(factor)](Vec<A> x) { return x * set1<A>(f); };
 }
 
-// dst[j * stride + i] = map(src[lane i][j]) for kLanes lanes and j < count. `col` is 0 or 1 (0: all j alike).
+// dst[j * stride + i] = map(src[lane i][j]) for kLanes lanes and j < count. `col` is 0 or 1 (0: all j alike). Asks for the
+// rows of the lanes after these, which the hardware does not see coming while it follows kLanes rows.
 template <class T, class A, class Map>
 static inline void transpose_rows(const T* base, const View& v, const Lane* lane, int count, const Map& map, A* dst,
                                   int stride) {
@@ -44,7 +45,10 @@ static inline void transpose_rows(const T* base, const View& v, const Lane* lane
     const int n = count - j < W ? count - j : W;
     Vec<A> r[W];
     if (v.col != 0) {
-      TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = map(load_n(rows[i] + j, n));
+      TGA_UNROLL for (int i = 0; i < W; ++i) {
+        __builtin_prefetch(rows[i] + W * v.row + j);
+        r[i] = map(load_n(rows[i] + j, n));
+      }
     } else {
       TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = map(set1<A>(static_cast<A>(load_one(rows[i]))));
     }

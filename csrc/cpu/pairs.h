@@ -90,15 +90,18 @@ struct PairForwardBlock {
   float scale;                     // times log2(e)
 
   // v: one row of [value_dim] pairs for two keys.
-  void add_keys(const Pair* const* k, const Pair* const* v, const LogitTile<float>& logits, int count) const {
+  void add_keys(const Pair* const* k, const Pair* const* v, const LogitTile<float>& logits, int count,
+                Prefetch& prefetch) const {
     alignas(64) float scores[kPairKeys * kBlock];
     for (int i = 0; i < count; i += kPairKeys) {
       for (int half = 0; half < kPairKeys; half += kMicroKeys) {
+        prefetch.micro_tile(half == 0 ? 0 : 1);
         VecF s[kMicroKeys][NQ];
         pair_scores<NQ>(s, k, q, (result.head_dim + 1) / 2, scale, logits, i + half);
         TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
             store(scores + (half + j) * kBlock + u * W, s[j][u]);
       }
+      prefetch.micro_tile(2), prefetch.micro_tile(3);
       VecI p[kMicroKeys][NQ];
       VecF even[NQ];
       result.template softmax<kPairKeys>(scores, [&](int j, int u, VecF x) {
@@ -107,6 +110,7 @@ struct PairForwardBlock {
         else
           p[j / 2][u] = pair_lanes(even[u], x);
       });
+      prefetch.micro_tile(4);
       add_outer<float, Pair, NQ>(result.o, p, v + i / 2, result.value_dim);
     }
   }
@@ -127,11 +131,13 @@ struct PairBackwardBlock {
 
   // k_outer: one row of [head_dim] pairs for two keys.
   void add_keys(const Pair* const* k, const Pair* const* v, const Pair* const* k_outer, const LogitTile<float>& logits,
-                const int32_t* d_table_row, int count, float* d_k, float* d_v) const {
+                const int32_t* d_table_row, int count, float* d_k, float* d_v, Prefetch& prefetch) const {
     alignas(64) float ds[kPairKeys * kBlock];
     for (int i = 0; i < count; i += kPairKeys) {
-      for (int half = 0; half < kPairKeys; half += kMicroKeys)
+      for (int half = 0, stream = 0; half < kPairKeys; half += kMicroKeys) {
+        for (const int end = stream + Prefetch::kStreams / 2; stream < end; ++stream) prefetch.micro_tile(stream);
         d_scores(k, v, logits, d_table_row, i + half, ds + half * kBlock);
+      }
       if (!d_q) continue;
       VecI pairs[kMicroKeys][NQ];
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u) pairs[j][u] =
