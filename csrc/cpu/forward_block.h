@@ -22,19 +22,27 @@ struct ForwardBlock {
   A* shift;    // [kBlock], log2 units
   int head_dim, value_dim;
 
+  // Before the first keys: no exponential is computed in vain.
+  void start(const A* scores, int keys) const {
+    for (int u = 0; u < NQ; ++u) store(shift + u * W, highest(scores + u * W, keys) + set1<A>(kHeadroom));
+  }
+
   // `scores` [keys][kBlock] gave these totals.
   __attribute__((noinline, cold)) void raise_shift(const A* scores, int keys, const Vec<A>* total) const {
     for (int u = 0; u < NQ; ++u) {
-      Vec<A> highest = set1<A>(kLowest<A>);
-      for (int j = 0; j < keys; ++j) highest = max(load(scores + j * kBlock + u * W), highest);
       const Vec<A> before = load(shift + u * W);
-      const Vec<A> after = total[u] > set1<A>(1) ? highest + set1<A>(kHeadroom) : before;
+      const Vec<A> after = total[u] > set1<A>(1) ? highest(scores + u * W, keys) + set1<A>(kHeadroom) : before;
       store(shift + u * W, after);
-      if (!any_greater(before, set1<A>(kLowest<A>))) continue;  // the first keys: nothing to rescale yet
       const Vec<A> factor = exp2<A>(before - after);
       store(sum + u * W, load(sum + u * W) * factor);
       for (int d = 0; d < value_dim; ++d) store(o + d * kBlock + u * W, load(o + d * kBlock + u * W) * factor);
     }
+  }
+
+  static Vec<A> highest(const A* scores, int keys) {
+    Vec<A> x = set1<A>(kLowest<A>);
+    for (int j = 0; j < keys; ++j) x = max(load(scores + j * kBlock), x);
+    return x;
   }
 
   // Adds the probabilities of KEYS keys to the sums, and passes each on as take(key, vector of lanes, probability).
@@ -56,8 +64,9 @@ struct ForwardBlock {
     TGA_UNROLL for (int u = 0; u < NQ; ++u) store(sum + u * W, load(sum + u * W) + total[u]);
   }
 
-  // Adds `count` keys, a multiple of kMicroKeys.
-  void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, int count, Prefetch& prefetch) const {
+  // Adds `count` keys, a multiple of kMicroKeys; `first`: to nothing.
+  void add_keys(const A* const* k, const A* const* v, const LogitTile<A>& logits, int count, bool first,
+                Prefetch& prefetch) const {
     alignas(kVectorBytes) A scores[kMicroKeys * kBlock];
     for (int i = 0; i < count; i += kMicroKeys) {
       prefetch.micro_tile(0);
@@ -69,6 +78,7 @@ struct ForwardBlock {
       TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)
           store(scores + j * kBlock + u * W, s[j][u]);
       prefetch.micro_tile(2);
+      if (first && i == 0) start(scores, kMicroKeys);
       softmax<kMicroKeys>(scores, [&](int j, int u, Vec<A> p) { s[j][u] = p; });
       prefetch.micro_tile(3), prefetch.micro_tile(4);
       add_outer<A, A, NQ>(o, s, v + i, value_dim);

@@ -80,9 +80,9 @@ class ForwardUnit {
         const ForwardBlock<A, NQ> block = this->block(s);
         if constexpr (kPairs<T>)
           PairForwardBlock<NQ>{q_ + s * kBlock * operands<T>(head_dim_), block, static_cast<A>(p_.scale * kLog2E)}.add_keys(
-              keys_.k + first, keys_.v_outer + first / 2, logits, count, prefetch);
+              keys_.k + first, keys_.v_outer + first / 2, logits, count, first == 0, prefetch);
         else
-          block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count, prefetch);
+          block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count, first == 0, prefetch);
       }
     }
   }

@@ -90,7 +90,7 @@ struct PairForwardBlock {
   float scale;                     // times log2(e)
 
   // v: one row of [value_dim] pairs for two keys.
-  void add_keys(const Pair* const* k, const Pair* const* v, const LogitTile<float>& logits, int count,
+  void add_keys(const Pair* const* k, const Pair* const* v, const LogitTile<float>& logits, int count, bool first,
                 Prefetch& prefetch) const {
     alignas(64) float scores[kPairKeys * kBlock];
     for (int i = 0; i < count; i += kPairKeys) {
@@ -102,6 +102,7 @@ struct PairForwardBlock {
             store(scores + (half + j) * kBlock + u * W, s[j][u]);
       }
       prefetch.micro_tile(2), prefetch.micro_tile(3);
+      if (first && i == 0) result.start(scores, kPairKeys);
       VecI p[kMicroKeys][NQ];
       VecF even[NQ];
       result.template softmax<kPairKeys>(scores, [&](int j, int u, VecF x) {

@@ -22,10 +22,10 @@ class Prefetch {
   // To be called when all are added, `tiles` and `tiles * micro_tiles` steps of each stream before they are needed.
   void spread(int64_t tiles, int64_t micro_tiles) {
     int64_t lines = 0;
-    for (const Stream& s : streams_) lines += s.rows * ((s.bytes + kLine - 1) / kLine);
+    for (int i = 0; i < count_; ++i) lines += streams_[i].rows * ((streams_[i].bytes + kLine - 1) / kLine);
     fine_ = lines > tiles * kAtOnce;
     const int64_t steps = fine_ ? tiles * micro_tiles : tiles;
-    for (Stream& s : streams_) s.rows_per_step = steps > 0 ? (s.rows + steps - 1) / steps : 0;
+    for (int i = 0; i < count_ && steps > 0; ++i) streams_[i].rows_per_step = (streams_[i].rows + steps - 1) / steps;
   }
 
   // Before every tile: all streams, where few lines are enough.
@@ -39,7 +39,7 @@ class Prefetch {
   }
   // Everything now.
   void all() {
-    for (Stream& s : streams_) s.rows_per_step = s.rows, step(s);
+    for (int i = 0; i < count_; ++i) streams_[i].rows_per_step = streams_[i].rows, step(streams_[i]);
   }
 
   static constexpr int kStreams = 10;
