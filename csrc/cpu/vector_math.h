@@ -102,7 +102,7 @@ struct Sigmoid {
 };
 template <class A>
 TGA_INLINE Sigmoid<A> sigmoid(Vec<A> x) {
-  const Vec<A> one = set1<A>(1), negative = x < Vec<A>{} ? x : -x;
+  const Vec<A> one = set1<A>(1), negative = (Vec<A>)((VecBits<A>)x | (VecBits<A>)-Vec<A>{});
   const Vec<A> e = exp2<A>(negative * set1<A>(static_cast<A>(kLog2E)));
   const Vec<A> large = reciprocal<A>(one + e), small = e * large;
   const VecBits<A> below = x < Vec<A>{};
