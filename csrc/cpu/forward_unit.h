@@ -119,19 +119,23 @@ class ForwardUnit {
     const T* gate = at<const T>(p_.gate, batch.gate, head_);
     for (int d = 0; d < value_dim_; d += W) {
       const int dims = value_dim_ - d < W ? value_dim_ - d : W;
-      Vec<A> r[W];
-      TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = i < dims ? load(o + (d + i) * kBlock) * factor : Vec<A>{};
-      transpose<A>(r);
-      const bool two = 2 * dims <= W;  // lanes to a vector: the sigmoid costs more than putting them together
-      for (int i = 0; i < n; i += 1 + two) {
-        Vec<A> x = two ? lower_halves(r[i], r[i + 1]) : r[i];
-        if (gate) {
-          Vec<A> g = load_gate<T, A>(gate + lane[i].offset(p_.gate), p_.gate, d, dims);
-          if (two) g = lower_halves(g, load_gate<T, A>(gate + lane[i + 1].offset(p_.gate), p_.gate, d, dims));
-          x *= sigmoid<A>(g).value;
+      const auto gate_of = [&](int i) { return load_gate<T, A>(gate + lane[i].offset(p_.gate), p_.gate, d, dims); };
+      const auto put = [&](int i, Vec<A> x) { store_n(out + lane[i].offset(p_.out) + d, x, dims); };
+      if (2 * dims <= W) {  // two lanes to a vector
+        constexpr int H = W / 2;
+        Vec<A> r[H];
+        TGA_UNROLL for (int i = 0; i < H; ++i) r[i] = i < dims ? load(o + (d + i) * kBlock) * factor : Vec<A>{};
+        transpose_halves<A>(r);
+        for (int i = 0; i < H && i < n; ++i) {
+          if (gate) r[i] *= sigmoid<A>(lower_halves(gate_of(i), gate_of(i + H))).value;
+          put(i, r[i]);
+          if (i + H < n) put(i + H, upper_half(r[i]));
         }
-        store_n(out + lane[i].offset(p_.out) + d, x, dims);
-        if (two && i + 1 < n) store_n(out + lane[i + 1].offset(p_.out) + d, upper_half(x), dims);
+      } else {
+        Vec<A> r[W];
+        TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = i < dims ? load(o + (d + i) * kBlock) * factor : Vec<A>{};
+        transpose<A>(r);
+        for (int i = 0; i < n; ++i) put(i, gate ? r[i] * sigmoid<A>(gate_of(i)).value : r[i]);
       }
     }
   }

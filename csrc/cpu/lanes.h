@@ -43,6 +43,14 @@ static inline void transpose_rows(const T* base, const View& v, const Lane* lane
   for (int i = 0; i < W; ++i) rows[i] = base + lane[i].offset(v);
   for (int j = 0; j < count; j += W) {
     const int n = count - j < W ? count - j : W;
+    if (v.col != 0 && 2 * n <= W) {
+      Vec<A> r[W / 2];
+      TGA_UNROLL for (int i = 0; i < W / 2; ++i) r[i] =
+          map(lower_halves(load_n(rows[i] + j, n), load_n(rows[i + W / 2] + j, n)));
+      transpose_halves<A>(r);
+      for (int i = 0; i < n; ++i) store(dst + (j + i) * stride, r[i]);
+      return;
+    }
     Vec<A> r[W];
     if (v.col != 0) {
       TGA_UNROLL for (int i = 0; i < W; ++i) {
@@ -68,6 +76,16 @@ static inline void store_transposed(const A* src, int stride, int count, Vec<A> 
   constexpr int W = kLanes<A>;
   for (int j = 0; j < count; j += W) {
     const int n = count - j < W ? count - j : W;
+    if (2 * n <= W) {
+      Vec<A> r[W / 2];
+      TGA_UNROLL for (int i = 0; i < W / 2; ++i) r[i] = i < n ? load(src + (j + i) * stride) * factor : Vec<A>{};
+      transpose_halves<A>(r);
+      for (int i = 0; i < W / 2 && i < lanes; ++i) {
+        store_n(base + lane[i].offset(v) + j, r[i], n);
+        if (i + W / 2 < lanes) store_n(base + lane[i + W / 2].offset(v) + j, upper_half(r[i]), n);
+      }
+      return;
+    }
     Vec<A> r[W];
     TGA_UNROLL for (int i = 0; i < W; ++i) r[i] = i < n ? load(src + (j + i) * stride) * factor : Vec<A>{};
     transpose<A>(r);

@@ -156,12 +156,18 @@ TGA_INLINE void swap_blocks(V& a, V& b, std::index_sequence<L...>) {
   a = lo;
   b = hi;
 }
-template <class A, int S = kLanes<A> / 2>
-TGA_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
+template <class A, int S = kLanes<A> / 2, int N = kLanes<A>>
+TGA_INLINE void transpose(Vec<A> (&rows)[N]) {
   if constexpr (S > 0) {
-    TGA_UNROLL for (int i = 0; i < kLanes<A>; ++i) {
+    TGA_UNROLL for (int i = 0; i < N; ++i) {
       if ((i & S) == 0) swap_blocks<S>(rows[i], rows[i + S], std::make_index_sequence<kLanes<A>>{});
     }
     transpose<A, S / 2>(rows);
   }
+}
+// The halves of kLanes / 2 registers, each by itself: a third of the shuffles, for rows no longer than that. Register i
+// then has column i of the lower halves below column i of the upper ones.
+template <class A>
+TGA_INLINE void transpose_halves(Vec<A> (&rows)[kLanes<A> / 2]) {
+  transpose<A, kLanes<A> / 4>(rows);
 }
