@@ -160,36 +160,38 @@ class BackwardUnit {
   void prepare_lanes(const Offsets& batch, int64_t first_query, int first, A* d_mean) {
     const A* row_max = at<const A>(p_.row_max, batch.row_max, head_) + first_query;
     const A* row_sum = at<const A>(p_.row_sum, batch.row_sum, head_) + first_query;
-    const T* gate = at<const T>(p_.gate, batch.gate, head_);
-    const T* out = at<const T>(p_.out, batch.out, head_);
-    const T* grad_out = at<const T>(p_.grad_out, batch.grad_out, head_);
+    const T* gates = at<const T>(p_.gate, batch.gate, head_);
+    const T* outs = at<const T>(p_.out, batch.out, head_);
+    const T* grad_outs = at<const T>(p_.grad_out, batch.grad_out, head_);
     const A* grad_lse = at<const A>(p_.grad_lse, batch.grad_lse, head_);
-    T* d_gate = at<T>(p_.d_gate, batch.d_gate, head_);
+    T* d_gates = at<T>(p_.d_gate, batch.d_gate, head_);
+    const bool headwise = p_.d_gate.col == 0;
     for (int i = first; i < first + kBlock; ++i) {
-      const int existing = i < lanes_.count ? i : lanes_.count - 1;
       A* row = d_o_plain_ + (i - first) * v_stride_;
-      shift_[i] = row_max[existing];
       minus_delta_[i] = 0;
-      // A tail lane contributes nothing; nor does a row with no attended key, whose delta may be infinite.
-      const A sum = row_sum[existing];
-      const A r = i < lanes_.count && sum != 0 ? 1 / sum : 0;
+      if (i >= lanes_.count) {  // a tail lane contributes nothing
+        shift_[i] = row_max[lanes_.count - 1];
+        for (int64_t d = 0; d < value_dim_; d += W) store(row + d, Vec<A>{});
+        continue;
+      }
+      const Lane lane = lanes_.lane[i];
+      const T *gate = gates ? gates + lane.offset(p_.gate) : nullptr, *out = outs + lane.offset(p_.out);
+      const T* grad_out = grad_outs ? grad_outs + lane.offset(p_.grad_out) : nullptr;
+      T* d_gate = d_gates ? d_gates + lane.offset(p_.d_gate) : nullptr;
+      shift_[i] = row_max[i];
+      // Nor does a row with no attended key, whose delta may be infinite.
+      const A sum = row_sum[i], r = sum != 0 ? 1 / sum : 0;
       const bool mean = p_.mean_rows && sum == 0;
       Vec<A> delta{}, d_gate_sum{};
       for (int d = 0; d < value_dim_; d += W) {
-        if (i >= lanes_.count) {
-          store(row + d, Vec<A>{});
-          continue;
-        }
-        const Lane lane = lanes_.lane[i];
         const int n = value_dim_ - d < W ? value_dim_ - d : W;
-        const Vec<A> dy = grad_out ? load_n(grad_out + lane.offset(p_.grad_out) + d, n) : Vec<A>{};
-        const Vec<A> dyy = dy * load_n(out + lane.offset(p_.out) + d, n);
+        const Vec<A> dy = grad_out ? load_n(grad_out + d, n) : Vec<A>{}, dyy = dy * load_n(out + d, n);
         Vec<A> d_o = dy;
         if (gate) {
-          const Sigmoid<A> g = sigmoid<A>(load_gate<T, A>(gate + lane.offset(p_.gate), p_.gate, d, n));
+          const Sigmoid<A> g = sigmoid<A>(load_gate<T, A>(gate, p_.gate, d, n));
           d_o *= g.value;
-          if (d_gate && p_.d_gate.col != 0)
-            store_n(d_gate + lane.offset(p_.d_gate) + d, dyy * g.complement, n);
+          if (d_gate && !headwise)
+            store_n(d_gate + d, dyy * g.complement, n);
           else
             d_gate_sum += dyy * g.complement;
         }
@@ -198,10 +200,8 @@ class BackwardUnit {
         if (mean)
           for (int e = 0; e < n; ++e) d_mean[d + e] += d_o[e] / static_cast<A>(p_.k_len);
       }
-      if (i >= lanes_.count) continue;
-      if (d_gate && p_.d_gate.col == 0)
-        store_n(d_gate + lanes_.lane[i].offset(p_.d_gate), set1<A>(sum_lanes(d_gate_sum)), 1);
-      const A d_lse = grad_lse ? grad_lse[lanes_.lane[i].offset(p_.grad_lse)] : 0;
+      if (d_gate && headwise) store_n(d_gate, set1<A>(sum_lanes(d_gate_sum)), 1);
+      const A d_lse = grad_lse ? grad_lse[lane.offset(p_.grad_lse)] : 0;
       if (r != 0) minus_delta_[i] = r * (d_lse - sum_lanes(delta));
     }
   }
