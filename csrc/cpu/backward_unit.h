@@ -111,14 +111,14 @@ class BackwardUnit {
         prefetch.tile();
         const LogitTile<A> logits =
             table_.logits(s, keys_.table_row + key, keys_.key + key, mask, lanes_, count, keys_.count - key);
-        add_tile(s, key, count, logits, prefetch, d_k ? d_k + key * k_stride_ : nullptr, d_v ? d_v + key * v_stride_ : nullptr);
+        add_tile(s, key, count, logits, prefetch, d_k ? d_k + key * k_stride_ : nullptr,
+                 d_v ? d_v + key * v_stride_ : nullptr);
       }
     }
   }
 
   // One tile of keys for sub-block s.
-  void add_tile(int s, int key, int count, const LogitTile<A>& logits, Prefetch& prefetch, A* d_k,
-                A* d_v) const {
+  void add_tile(int s, int key, int count, const LogitTile<A>& logits, Prefetch& prefetch, A* d_k, A* d_v) const {
     const int left = lanes_.count - s * kBlock, lanes = left < kBlock ? left : kBlock;
     const O *q = q_ + s * kBlock * operands<T>(head_dim_), *d_o = d_o_ + s * kBlock * operands<T>(value_dim_);
     const O *q_rows = q_rows_ + s * operands<T>(kBlock) * k_stride_,
