@@ -22,27 +22,13 @@ import torch
 
 from torch_gated_attn._bench.measure import timed
 from torch_gated_attn._bench.peers import operator
-from torch_gated_attn._bench.workloads import DTYPES, Workload, make_inputs
+from torch_gated_attn._bench.workloads import DTYPES, Workload, load, make_inputs
 
 HEAD_DIMS = (8, 16, 32, 64)
 UNDISTURBED = 0.97  # of the usual peak; undisturbed runs of the loop differ by less than 2 %
 TURNS, LONGEST_SECONDS = 20, 15.0
-# Triangle attention of a training crop; 16 batch rows, as T1's 64 only take longer on one thread.
-TRIANGLE = Workload(
-    name="triangle",
-    title="triangle attention, one thread",
-    batch=[16],
-    heads=4,
-    kv_heads=4,
-    q_len=256,
-    k_len=256,
-    head_dim=32,
-    bias_shape=[1, 4, 256, 256],
-    mask_shape=[16, 1, 1, 256],
-    gated=True,
-    fully_masked=False,
-    dtypes=[],
-)
+TRIANGLE = next(workload for workload in load() if workload.name == "T1")  # a training crop, at other head_dims
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class Peak:
@@ -89,6 +75,17 @@ class Share:
         return self.flops_per_second / self.peak if self.peak else float("nan")
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what PyTorch frees: a result on fresh pages costs the system's time, a tenth of a call and more.
+
+    Beside other allocators, which keep it anyway, this does nothing.
+    """
+    c = ctypes.CDLL(None)
+    if hasattr(c, "mallopt"):
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            c.mallopt(threshold, 1 << 30)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -100,6 +97,7 @@ def one_thread() -> Iterator[None]:
 
 
 def measure_shares(peak: Peak, instruction_set: str, dtypes: list[str], base: Workload = TRIANGLE) -> list[Share]:
+    keep_freed_memory()
     shares, peaks = [], peak.rates()
     with one_thread():
         for dtype in dtypes:
