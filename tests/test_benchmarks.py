@@ -191,7 +191,7 @@ def test_shares_count_attended_keys_only(monkeypatch):
     share = pytest.importorskip("share")
     inputs = workloads.make_inputs(share.TRIANGLE, workloads.DTYPES["float32"])
     live = round(256 * (1 - workloads.MASKED_SHARE))
-    assert share.TRIANGLE.attended_pairs(inputs.mask) == 64 * 4 * 256 * live
+    assert share.TRIANGLE.attended_pairs(inputs.mask) == 16 * 4 * 256 * live
 
 
 def test_every_listed_workload_has_consistent_shapes():
