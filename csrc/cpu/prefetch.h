@@ -4,7 +4,7 @@
 // results, while they are computed. A prefetch holds a line fill buffer for the latency of the last-level cache or memory,
 // and the products need those for their own lines of the second level: so there are never many at once. One step serves one
 // stream; the blocks take a step at each pause between two products (triangle attention, 16 rows, head_dim 64, on an Intel
-// server core: forward 60 to 71 % of the peak, backward 60 to 69; all streams at once before every tile: 65 and 62).
+// server core: forward 61 to 71 % of the peak, 65 with all streams at once before every tile; backward 64 to 69).
 class Prefetch {
  public:
   template <class T>
