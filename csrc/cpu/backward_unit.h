@@ -88,7 +88,7 @@ class BackwardUnit {
     Prefetch prefetch;
     if (r + 1 < w.row_end) prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
     prefetch_results(prefetch, batch, w.kv_head, last);
-    prefetch.spread((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock), kTileKeys / kKeyGroup<T>);
+    prefetch.spread(keys_.padded, lanes_.padded / kBlock, kKeyGroup<T>);
     add_tiles(mask, prefetch, d_k, d_v);
     if (p_.d_query.data) {
       for (int u = 0; u < lanes_.count; u += W)

@@ -64,7 +64,7 @@ class ForwardUnit {
       prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
     }
     prefetch.lanes(at<const T>(p_.out, batch.out, head_), p_.out, lanes_, p_.value_dim);
-    prefetch.spread((keys_.padded + kTileKeys - 1) / kTileKeys * (lanes_.padded / kBlock), kTileKeys / kKeyGroup<T>);
+    prefetch.spread(keys_.padded, lanes_.padded / kBlock, kKeyGroup<T>);
     add_tiles(mask, prefetch);
     for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
   }
@@ -121,7 +121,7 @@ class ForwardUnit {
       const int dims = value_dim_ - d < W ? value_dim_ - d : W;
       const auto gate_of = [&](int i) { return load_gate<T, A>(gate + lane[i].offset(p_.gate), p_.gate, d, dims); };
       const auto put = [&](int i, Vec<A> x) { store_n(out + lane[i].offset(p_.out) + d, x, dims); };
-      if (2 * dims <= W) {  // two lanes to a vector
+      if (2 * dims <= W) {  // two lanes to a vector: half as many sigmoids, a third of the shuffles
         constexpr int H = W / 2;
         Vec<A> r[H];
         TGA_UNROLL for (int i = 0; i < H; ++i) r[i] = i < dims ? load(o + (d + i) * kBlock) * factor : Vec<A>{};

@@ -95,7 +95,7 @@ struct PairForwardBlock {
     alignas(64) float scores[kPairKeys * kBlock];
     for (int i = 0; i < count; i += kPairKeys) {
       for (int half = 0; half < kPairKeys; half += kMicroKeys) {
-        prefetch.micro_tile(half == 0 ? 0 : 1);
+        prefetch.micro_tile(half / kMicroKeys);
         VecF s[kMicroKeys][NQ];
         pair_scores<NQ>(s, k, q, (result.head_dim + 1) / 2, scale, logits, i + half);
         TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) TGA_UNROLL for (int u = 0; u < NQ; ++u)

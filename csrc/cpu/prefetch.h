@@ -19,8 +19,9 @@ class Prefetch {
         dim * static_cast<int64_t>(sizeof(T)));
   }
 
-  // To be called when all are added, `tiles` and `tiles * micro_tiles` steps of each stream before they are needed.
-  void spread(int64_t tiles, int64_t micro_tiles) {
+  // To be called when all are added: over the tiles of `keys` keys and `sub_blocks` sub-blocks, or over their micro-tiles.
+  void spread(int64_t keys, int64_t sub_blocks, int64_t micro_keys) {
+    const int64_t tiles = (keys + kTileKeys - 1) / kTileKeys * sub_blocks, micro_tiles = kTileKeys / micro_keys;
     int64_t lines = 0;
     for (int i = 0; i < count_; ++i) lines += streams_[i].rows * ((streams_[i].bytes + kLine - 1) / kLine);
     fine_ = lines > tiles * kAtOnce;
@@ -33,7 +34,7 @@ class Prefetch {
     if (fine_) return;
     for (int i = 0; i < count_; ++i) step(streams_[i]);
   }
-  // In every micro-tile, for each i: stream i, else.
+  // Otherwise stream i, at a pause of every micro-tile. A block has a pause for each stream that its unit adds.
   inline __attribute__((always_inline)) void micro_tile(int i) {
     if (fine_) step(streams_[i]);
   }
@@ -73,5 +74,5 @@ class Prefetch {
 
   bool fine_ = false;
   int count_ = 0;
-  Stream streams_[kStreams];
+  Stream streams_[kStreams];  // key, value, query, gate, and out; backward also grad_out, d_gate, d_query, d_key, d_value
 };
