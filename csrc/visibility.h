@@ -23,6 +23,9 @@ struct Range {
   Int begin = 0, end = 0;
   TGA_HOST_DEVICE bool empty() const { return begin >= end; }
   TGA_HOST_DEVICE Int size() const { return begin < end ? end - begin : 0; }
+  TGA_HOST_DEVICE Range within(const Range& other) const {
+    return {begin < other.begin ? other.begin : begin, end < other.end ? end : other.end};
+  }
 };
 
 // What of a tile of queries x keys is seen.

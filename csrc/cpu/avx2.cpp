@@ -20,8 +20,11 @@ const CpuKernels kKernelsAvx2 = {"avx2",
                                  isa_avx2::block,
                                  isa_avx2::forward_scratch,
                                  isa_avx2::forward,
+                                 isa_avx2::forward_state,
+                                 isa_avx2::forward_merge,
                                  isa_avx2::backward_scratch,
                                  isa_avx2::backward,
+                                 isa_avx2::backward_merge,
                                  isa_avx2::gate_output,
                                  isa_avx2::gate_output_backward};
 }  // namespace torch_gated_attn

@@ -23,8 +23,11 @@ const CpuKernels kKernelsAvx512 = {"avx512",
                                    isa_avx512::block,
                                    isa_avx512::forward_scratch,
                                    isa_avx512::forward,
+                                   isa_avx512::forward_state,
+                                   isa_avx512::forward_merge,
                                    isa_avx512::backward_scratch,
                                    isa_avx512::backward,
+                                   isa_avx512::backward_merge,
                                    isa_avx512::gate_output,
                                    isa_avx512::gate_output_backward};
 }  // namespace torch_gated_attn

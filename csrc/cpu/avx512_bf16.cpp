@@ -24,8 +24,11 @@ const CpuKernels kKernelsAvx512Bf16 = {"avx512_bf16",
                                        isa_avx512_bf16::block,
                                        isa_avx512_bf16::forward_scratch,
                                        isa_avx512_bf16::forward,
+                                       isa_avx512_bf16::forward_state,
+                                       isa_avx512_bf16::forward_merge,
                                        isa_avx512_bf16::backward_scratch,
                                        isa_avx512_bf16::backward,
+                                       isa_avx512_bf16::backward_merge,
                                        isa_avx512_bf16::gate_output,
                                        isa_avx512_bf16::gate_output_backward};
 }  // namespace torch_gated_attn

@@ -48,17 +48,18 @@ class BackwardUnit {
     if (!p_.bias.data) {
       build_table<T>(table_, p_, shared, head_, lanes_, {});
       for (int64_t r = w.row_begin; r < w.row_end; ++r)
-        for (int64_t first = 0; first < queries_; first += max_lanes_) {
-          lanes_.fill(first, min(first + max_lanes_, queries_), p_.q_len, kBlock);
+        for (int64_t first = w.first_query; first < w.end_query; first += max_lanes_) {
+          lanes_.fill(first, min(first + max_lanes_, w.end_query), p_.q_len, kBlock);
           run_row(w, r, first, 0);
         }
       return;
     }
-    for (int64_t first = 0; first < queries_; first += max_lanes_) {
-      lanes_.fill(first, min(first + max_lanes_, queries_), p_.q_len, kBlock);
+    const bool several = w.end_query - w.first_query > max_lanes_;
+    for (int64_t first = w.first_query; first < w.end_query; first += max_lanes_) {
+      lanes_.fill(first, min(first + max_lanes_, w.end_query), p_.q_len, kBlock);
       build_table<T>(table_, p_, shared, head_, lanes_, visibility(p_).keys_of(lanes_.rows));
       if (p_.d_bias.data) __builtin_memset(d_table_, 0, sizeof(A) * lanes_.padded / kBlock * table_.stride);
-      for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);
+      for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, several ? r - w.row_begin : 0);
       if (p_.d_bias.data) store_d_bias(w);
     }
   }
@@ -68,7 +69,7 @@ class BackwardUnit {
 
   void run_row(const BackwardUnitOfWork& w, int64_t r, int64_t first_query, int64_t slot) {
     const Offsets batch(p_, w.outer * p_.rows + r);
-    const bool first = first_query == 0, last = first_query + max_lanes_ >= queries_;
+    const bool first = first_query == w.first_query, last = first_query + max_lanes_ >= w.end_query;
     const uint8_t* mask = at<const uint8_t>(p_.mask, batch.mask, head_);
     const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
     // All keys of the row: its accumulators stay while the super-blocks change, and without a bias so does the list.
@@ -102,10 +103,18 @@ class BackwardUnit {
                                lanes_.lane + u, lanes_.count - u);
     }
     if (!last) return;
-    if (d_k) store_rows(d_k, k_stride_, head_dim_, p_.scale, nullptr, at<T>(p_.d_key, batch.d_key, w.kv_head), p_.d_key);
-    if (d_v)
-      store_rows(d_v, v_stride_, value_dim_, 1, p_.mean_rows ? d_mean : nullptr,
-                 at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
+    const int64_t row = (r - w.row_begin) * p_.k_len;
+    const auto store = [&](const A* acc, int64_t stride, int dim, double factor, const A* mean, char* part, T* to,
+                           const View& v) {
+      if (!acc) return;
+      if (part)
+        store_rows(acc, stride, dim, factor, mean, reinterpret_cast<A*>(part) + row * dim, dim);
+      else
+        store_rows(acc, stride, dim, factor, mean, to, v.row);
+    };
+    store(d_k, k_stride_, head_dim_, p_.scale, nullptr, w.d_key, at<T>(p_.d_key, batch.d_key, w.kv_head), p_.d_key);
+    store(d_v, v_stride_, value_dim_, 1, p_.mean_rows ? d_mean : nullptr, w.d_value,
+          at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
   }
 
   void add_tiles(Prefetch& prefetch, A* d_k, A* d_v) {
@@ -274,8 +283,10 @@ class BackwardUnit {
     }
   }
 
-  // Accumulated rows of the listed keys, to d_key or d_value; times `factor`; keys that are not listed get `mean` (or 0).
-  void store_rows(const A* acc, int64_t stride, int dim, double factor, const A* mean, T* base, const View& v) const {
+  // Accumulated rows of the listed keys, to d_key or d_value or a part of them; times `factor`; keys that are not listed get
+  // `mean` (or 0).
+  template <class R>
+  void store_rows(const A* acc, int64_t stride, int dim, double factor, const A* mean, R* base, int64_t base_stride) const {
     const bool two = interleaved<A>(dim);
     for (int64_t key = 0, i = 0; key < p_.k_len; ++key) {
       const bool listed = i < keys_.count && keys_.key[i] == key;
@@ -285,7 +296,7 @@ class BackwardUnit {
         if (listed) x = (two ? load_pair_sums(acc + i * stride + 2 * d, stride - 2 * d) : load(acc + i * stride + d));
         x *= set1<A>(static_cast<A>(factor));
         if (mean) x += load_n(mean + d, n);
-        store_n(base + key * v.row + d, x, n);
+        store_n(base + key * base_stride + d, x, n);
       }
       i += listed;
     }

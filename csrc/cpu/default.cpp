@@ -15,8 +15,11 @@ const CpuKernels kKernelsDefault = {"default",
                                     isa_default::block,
                                     isa_default::forward_scratch,
                                     isa_default::forward,
+                                    isa_default::forward_state,
+                                    isa_default::forward_merge,
                                     isa_default::backward_scratch,
                                     isa_default::backward,
+                                    isa_default::backward_merge,
                                     isa_default::gate_output,
                                     isa_default::gate_output_backward};
 }  // namespace torch_gated_attn

@@ -7,11 +7,13 @@ class ForwardUnit {
  public:
   static constexpr int W = kLanes<A>, kBlock = NQ * W;
   using O = Operand<T, A>;
+  static constexpr int kKeysAhead = 2 * kTileKeys;
 
   ForwardUnit(const Problem& p, int max_lanes, Carver& c)
       : p_(p),
         head_dim_(static_cast<int>(p.head_dim)),
         value_dim_(static_cast<int>(p.value_dim)),
+        max_lanes_(max_lanes),
         table_(p, kBlock, max_lanes, c),
         attended_(p, kBlock, max_lanes, c),
         keys_(p, false, c),
@@ -27,22 +29,59 @@ class ForwardUnit {
     head_ = w.kv_head * (p_.heads / p_.kv_heads);
     lanes_.fill(w.first_query, w.end_query, p_.q_len, kBlock);
     const Offsets shared(p_, w.outer * p_.rows);
-    build_table<T>(table_, p_, shared, head_, lanes_, visibility(p_).keys_of(lanes_.rows));
+    build_table<T>(table_, p_, shared, head_, lanes_, visibility(p_).keys_of(lanes_.rows).within(w.keys));
     Offsets batch(p_, w.outer * p_.rows + w.row_begin);
     for (int64_t r = w.row_begin; r < w.row_end; ++r) {
       const bool last = r + 1 == w.row_end;
       const Offsets next = last ? batch : Offsets(p_, w.outer * p_.rows + r + 1);
-      run_row(w, batch, next, last);
+      run_row(w, r, batch, next, last);
       batch = next;
     }
   }
 
+  // What a row's keys add up to so far: o_, sum_ and shift_.
+  int64_t state_bytes() const { return (value_dim_ + 2) * max_lanes_ * static_cast<int64_t>(sizeof(A)); }
+
+  void merge(const ForwardUnitOfWork& w, int64_t parts, int64_t stride) {
+    head_ = w.kv_head * (p_.heads / p_.kv_heads);
+    lanes_.fill(w.first_query, w.end_query, p_.q_len, kBlock);
+    for (int64_t r = w.row_begin; r < w.row_end; ++r) {
+      const Offsets batch(p_, w.outer * p_.rows + r);
+      const char* state = w.state + (r - w.row_begin) * state_bytes();
+      copy_state([](A* now, const A* saved, int64_t n) { __builtin_memcpy(now, saved, sizeof(A) * n); }, state);
+      for (int64_t i = 1; i < parts; ++i) add_state(reinterpret_cast<const A*>(state + i * stride));
+      for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
+    }
+  }
+
  private:
-  void run_row(const ForwardUnitOfWork& w, const Offsets& batch, const Offsets& next, bool last) {
+  // copy(part of this object, its place in a state, elements)
+  template <class F, class State>
+  void copy_state(const F& copy, State* state) {
+    using Element = std::conditional_t<std::is_const_v<State>, const A, A>;
+    Element* s = reinterpret_cast<Element*>(state);
+    copy(sum_, s, max_lanes_);
+    copy(shift_, s + max_lanes_, max_lanes_);
+    copy(o_, s + 2 * max_lanes_, max_lanes_ * value_dim_);
+  }
+  void add_state(const A* state) {
+    const A *sum = state, *shift = state + max_lanes_, *o = state + 2 * max_lanes_;
+    for (int u = 0; u < lanes_.padded; u += W) {
+      const Vec<A> before = load(shift_ + u), other = load(shift + u), now = max(before, other);
+      const Vec<A> keep = exp2<A>(before - now), take = exp2<A>(other - now);
+      store(shift_ + u, now);
+      store(sum_ + u, load(sum_ + u) * keep + load(sum + u) * take);
+      const int at = u / kBlock * kBlock * value_dim_ + u % kBlock;
+      for (int d = 0; d < value_dim_; ++d)
+        store(o_ + at + d * kBlock, load(o_ + at + d * kBlock) * keep + load(o + at + d * kBlock) * take);
+    }
+  }
+
+  void run_row(const ForwardUnitOfWork& w, int64_t r, const Offsets& batch, const Offsets& next, bool last) {
     const T* query = at<const T>(p_.query, batch.query, head_);
     const uint8_t* mask = at<const uint8_t>(p_.mask, batch.mask, head_);
     const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
-    keys_.list(p_, visible.keys_of(lanes_.rows), mask, at<const T>(p_.key, batch.key, w.kv_head),
+    keys_.list(p_, visible.keys_of(lanes_.rows).within(w.keys), mask, at<const T>(p_.key, batch.key, w.kv_head),
                at<const T>(p_.value, batch.value, w.kv_head));
     attended_.start(visible, lanes_, keys_.key, keys_.count, mask);
     for (int first = 0; first < lanes_.padded; first += kBlock) {
@@ -65,10 +104,18 @@ class ForwardUnit {
       prefetch.keys(at<const T>(p_.value, next.value, w.kv_head), p_.value, p_.k_len, p_.value_dim);
       prefetch.lanes(at<const T>(p_.query, next.query, head_), p_.query, lanes_, p_.head_dim);
       prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
+    } else if (lanes_.padded == kBlock && keys_.in_place && keys_.count > kKeysAhead) {
+      // One sub-block uses every key once, at the speed of memory: so it asks for the keys of the tile after the next.
+      const int64_t ahead = keys_.key[0] + kKeysAhead, rows = keys_.key[keys_.count - 1] + 1 - ahead;
+      prefetch.keys(at<const T>(p_.key, batch.key, w.kv_head) + ahead * p_.key.row, p_.key, rows, p_.head_dim);
+      prefetch.keys(at<const T>(p_.value, batch.value, w.kv_head) + ahead * p_.value.row, p_.value, rows, p_.value_dim);
     }
     prefetch.lanes(at<const T>(p_.out, batch.out, head_), p_.out, lanes_, p_.value_dim);
     prefetch.spread(keys_.padded, lanes_.padded / kBlock, kKeyGroup<T>);
     add_tiles(prefetch);
+    if (w.state)
+      return copy_state([](const A* now, A* saved, int64_t n) { __builtin_memcpy(saved, now, sizeof(A) * n); },
+                        w.state + (r - w.row_begin) * state_bytes());
     for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
   }
 
@@ -156,7 +203,7 @@ class ForwardUnit {
   }
 
   const Problem& p_;
-  const int head_dim_, value_dim_;
+  const int head_dim_, value_dim_, max_lanes_;
   int64_t head_ = 0;  // first head of the group
   Lanes lanes_;
   Table<A> table_;

@@ -14,6 +14,7 @@ struct Keys {
   const O **k, **v;    // [padded] rows of key and value, for products over dimensions (v: backward only, with pairs)
   const O** k_outer;   // rows for products over keys: those of k and v, or, of pairs, [padded / 2] rows that hold two keys
   const O** v_outer;
+  bool in_place = false;  // rows of key and value are read where they are
 
   Keys(const Problem& p, bool backward, Carver& c) {
     const int64_t room = p.k_len + kKeyGroup<T>, widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
@@ -30,8 +31,9 @@ struct Keys {
       zipped_ = c.take<O>((p.k_len + 1) / 2 * (backward ? p.head_dim : p.value_dim));
     } else {
       k_outer = k, v_outer = v;
-      packed_k_ = in_place(p.key, p.head_dim) ? nullptr : c.take<A>(p.k_len * p.head_dim);
-      packed_v_ = in_place(p.value, p.value_dim) ? nullptr : c.take<A>(p.k_len * p.value_dim);
+      packed_k_ = readable(p.key, p.head_dim) ? nullptr : c.take<A>(p.k_len * p.head_dim);
+      packed_v_ = readable(p.value, p.value_dim) ? nullptr : c.take<A>(p.k_len * p.value_dim);
+      in_place = readable(p.key, p.head_dim) && readable(p.value, p.value_dim);
     }
   }
 
@@ -62,7 +64,7 @@ struct Keys {
  private:
   // Rows of the arithmetic type that lie close together are read where they are. Others are copied once per batch entry:
   // rows far apart share few cache sets, and every sub-block of queries reads them again.
-  static bool in_place(const View& v, int64_t dim) { return sizeof(T) == sizeof(A) && v.row >= 0 && v.row <= 2 * dim; }
+  static bool readable(const View& v, int64_t dim) { return sizeof(T) == sizeof(A) && v.row >= 0 && v.row <= 2 * dim; }
 
   void rows(const T* base, const View& v, int64_t dim, O* packed, const O** out) const {
     for (int i = count; i < padded; ++i) out[i] = zeros_;

@@ -54,8 +54,17 @@ ForwardResult forward_cpu(const Arguments& a) {
   const Problem& p = *call.problem;
   const CpuKernels& kernels = cpu_kernels();
   const ForwardSchedule schedule(p, kernels.block(p), call.operands.lse.element_size(), at::get_num_threads());
-  run_units(schedule.units(p), kernels.forward_scratch(p, schedule.max_lanes),
-            [&](int64_t i, char* scratch) { kernels.forward(p, schedule.unit(p, i), schedule.max_lanes, scratch); });
+  const int64_t scratch_bytes = kernels.forward_scratch(p, schedule.max_lanes), units = schedule.units(p);
+  const int64_t state = kernels.forward_state(p, schedule.max_lanes), stride = schedule.state_stride(p, state);
+  const at::Tensor states = at::empty({schedule.parts > 1 ? schedule.parts * stride : 0}, at::kByte);
+  const auto unit = [&](int64_t i) { return schedule.unit(p, i, static_cast<char*>(states.data_ptr()), state); };
+  run_units(units * schedule.parts, scratch_bytes,
+            [&](int64_t i, char* scratch) { kernels.forward(p, unit(i), schedule.max_lanes, scratch); });
+  if (schedule.parts > 1) {
+    run_units(units, scratch_bytes, [&](int64_t i, char* scratch) {
+      kernels.forward_merge(p, unit(i), schedule.max_lanes, schedule.parts, stride, scratch);
+    });
+  }
   return call.finish();
 }
 
@@ -67,29 +76,39 @@ Gradients backward_cpu(const BackwardArguments& a) {
   Problem p = *call.problem;
   const CpuKernels& kernels = cpu_kernels();
   const at::Tensor& d_bias = call.operands.d_bias;
-  const BackwardSchedule schedule(p, d_bias.defined(), kernels.block(p), a.row_sum.element_size(), at::get_num_threads());
-  // Slices of d_bias: one per group of rows, and per key/value head where the heads share a bias.
+  const BackwardSchedule schedule(p, kernels.block(p), a.row_sum.element_size(), at::get_num_threads());
   at::Tensor partials;
-  bool shared_heads = false;
   if (d_bias.defined()) {
-    shared_heads = d_bias.dim() < 3 || d_bias.size(-3) == 1;
-    const int64_t slices = schedule.row_groups * (shared_heads ? head_units(p) : 1);
-    if (slices > 1 || d_bias.scalar_type() != a.row_sum.scalar_type()) {
+    if (schedule.slices() > 1 || d_bias.scalar_type() != a.row_sum.scalar_type()) {
       auto sizes = d_bias.sizes().vec();
-      sizes.insert(sizes.begin(), slices);
+      sizes.insert(sizes.begin(), schedule.slices());
       partials = prefer_huge_pages(at::empty(sizes, a.row_sum.options()));
       p.d_bias.data = partials.data_ptr();  // d_bias is contiguous, so the strides are its own
     }
     if (!d_bias_is_stored(p)) (partials.defined() ? partials : d_bias).zero_();
   }
-  const int64_t slice_elements = d_bias.defined() ? d_bias.numel() : 0;
-  run_units(schedule.units(p), kernels.backward_scratch(p, schedule.max_lanes, schedule.rows_per_group),
+  const int64_t slice = d_bias.defined() ? d_bias.numel() : 0, units = schedule.units(p);
+  // Parts of the gradients of key and value, [part][unit][row][K][dimension], where the queries are shared out.
+  const auto part_tensor = [&](const View& wanted, int64_t dim) {
+    const bool needed = schedule.parts > 1 && wanted.data;
+    return at::empty({needed ? schedule.parts : 0, schedule.part_rows(p), p.k_len, dim}, a.row_sum.options());
+  };
+  const at::Tensor d_key = part_tensor(p.d_key, p.head_dim), d_value = part_tensor(p.d_value, p.value_dim);
+  const int64_t k_row = p.k_len * p.head_dim * d_key.element_size(), v_row = p.k_len * p.value_dim * d_value.element_size();
+  const auto unit = [&](int64_t i) {
+    return schedule.unit(p, i, slice, static_cast<char*>(d_key.data_ptr()), k_row, static_cast<char*>(d_value.data_ptr()),
+                         v_row);
+  };
+  run_units(units * schedule.parts, kernels.backward_scratch(p, schedule.max_lanes, schedule.rows_per_group),
             [&](int64_t i, char* scratch) {
-              BackwardUnitOfWork unit = schedule.unit(p, i);
-              const int64_t group = unit.row_begin / schedule.rows_per_group;
-              unit.partial = (shared_heads ? group * head_units(p) + unit.kv_head : group) * slice_elements;
-              kernels.backward(p, unit, schedule.max_lanes, schedule.rows_per_group, scratch);
+              kernels.backward(p, unit(i), schedule.max_lanes, schedule.rows_per_group, scratch);
             });
+  if (schedule.parts > 1) {
+    const int64_t rows = schedule.part_rows(p), last = (schedule.parts - 1) * units;  // the unit of part 0 comes last
+    run_units(units, 0, [&](int64_t i, char*) {
+      kernels.backward_merge(p, unit(last + i), schedule.parts, rows * k_row, rows * v_row);
+    });
+  }
   if (partials.defined()) ordered_sum(partials, d_bias);
   return call.finish();
 }

@@ -171,3 +171,17 @@ template <class A>
 TGA_INLINE void transpose_halves(Vec<A> (&rows)[kLanes<A> / 2]) {
   transpose<A, kLanes<A> / 4>(rows);
 }
+
+// The sum of the lanes of each of kLanes registers, that of register i in lane i; halves are added as in sum_lanes.
+template <class A, int S = kLanes<A> / 2, int N = kLanes<A>>
+TGA_INLINE Vec<A> sums_of_lanes(Vec<A> (&x)[N]) {
+  if constexpr (S > 0) {
+    TGA_UNROLL for (int i = 0; i < S; ++i) {
+      swap_blocks<S>(x[i], x[i + S], std::make_index_sequence<kLanes<A>>{});
+      x[i] += x[i + S];
+    }
+    return sums_of_lanes<A, S / 2>(x);
+  } else {
+    return x[0];
+  }
+}

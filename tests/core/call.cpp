@@ -34,6 +34,9 @@ Call::Call(Bytes& bytes, int64_t largest) {
   p.heads = p.kv_heads * (1 + bytes.below(3));
   p.q_len = 1 + bytes.below(bytes.flip() ? 5 : largest);
   p.k_len = 1 + bytes.below(largest);
+  // Enough of one of them, and few of the other, that a call's keys or queries are shared out.
+  if (!bytes.usually(8)) p.q_len = 1 + bytes.below(3), p.k_len = 1000 + bytes.below(1500);
+  if (!bytes.usually(8)) p.q_len = 200 + bytes.below(400), p.k_len = 1 + bytes.below(largest);
   p.head_dim = bytes.below(bytes.flip() ? 9 : largest);
   p.value_dim = bytes.below(bytes.flip() ? 9 : largest);
   p.scale = p.head_dim == 0 ? 0 : 1 / std::sqrt(static_cast<double>(p.head_dim));
@@ -127,7 +130,6 @@ void Call::draw_gradients(Bytes& bytes) {
     // One slice per group of rows, and per key/value head where heads share a bias, is cut from the outermost dimension.
     const DType sum = sum_type(p.dtype);
     d_bias = make(sum, bytes_of(sum), bias.sizes, bytes, true);
-    bias_heads_shared = bias.sizes.heads == 1;
   }
 }
 

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Forward and backward for a handful of queries per key/value head (pointwise attention over templates, decoding one
-// token). A lane per query would leave most lanes idle, so here a lane is a dimension: scores are horizontal sums, every
-// key and value is read once, and a row of scores is the only scratch. The formulas are those of forward.h and backward.h.
+// Backward for a handful of queries per key/value head. Its forward is few_queries_forward.h; here each query walks the keys
+// by itself and keeps a row of scores, the same to the last bit. The formulas are those of backward_block.h.
 
 // One query: its attended keys and their scores.
 template <class T, class A>
@@ -23,7 +22,7 @@ class QueryScores {
     for (int32_t j = static_cast<int32_t>(seen.begin); j < seen.end; ++j) {
       if (mask && !mask[j * p_.mask.col]) continue;
       key[count] = j;
-      score[count++] = dot(query_, keys + j * p_.key.row, p_.head_dim) + bias_logit(bias_offset + j * p_.bias.col);
+      score[count++] = dot(query_, keys + j * p_.key.row, p_.head_dim) + bias_logit<T, A>(p_, bias_offset + j * p_.bias.col);
     }
     for (int i = count; i < count + kLanes<A>; ++i) score[i] = -kInf<A>;
   }
@@ -31,13 +30,6 @@ class QueryScores {
   // Replaces the scores by 2^(score - shift).
   void exponentials(A shift) {
     for (int i = 0; i < count; i += kLanes<A>) store(score + i, exp2<A>(load(score + i) - set1<A>(shift)));
-  }
-
-  // Of the exponentials; those of the padding are 0.
-  A sum() const {
-    Vec<A> sum{};
-    for (int i = 0; i < count; i += kLanes<A>) sum += load(score + i);
-    return sum_lanes(sum);
   }
 
   // A row with no attended key under masked_rows = "mean": equal weights for all keys.
@@ -54,13 +46,6 @@ class QueryScores {
   }
 
  private:
-  A bias_logit(int64_t offset) const {
-    if (!p_.bias.data) return 0;
-    if (sizeof(T) == 2 && p_.bias_dtype == DType::kFloat32)
-      return log2_logit<A>(set1<A>(static_cast<const float*>(p_.bias.data)[offset]))[0];
-    return log2_logit<A>(set1<A>(load_one(static_cast<const T*>(p_.bias.data) + offset)))[0];
-  }
-
   const Problem& p_;
 
  public:
@@ -72,102 +57,14 @@ class QueryScores {
   A* query_;  // [head_dim], times scale * log2(e)
 };
 
-// Asks for the next row's keys and values; a row with many of them is long enough for the hardware to follow.
-template <class T>
-static inline void prefetch_keys(const Problem& p, const Offsets& next) {
-  constexpr int64_t kMostKeys = 32;
-  if (p.k_len > kMostKeys) return;
-  for (int64_t head = 0; head < p.kv_heads; ++head) {
-    Prefetch prefetch;
-    prefetch.keys(at<const T>(p.key, next.key, head), p.key, p.k_len, p.head_dim);
-    prefetch.keys(at<const T>(p.value, next.value, head), p.value, p.k_len, p.value_dim);
-    prefetch.all();
-  }
-}
-
 template <class T, class A>
 static inline void fill_scores(QueryScores<T, A>& scores, const Problem& p, const Offsets& batch, int64_t kv_head,
-                               int64_t head, Lane lane) {
+                               int64_t head, Lane lane, const Range<int64_t>& keys) {
   const T* query = at<const T>(p.query, batch.query, head) + lane.offset(p.query);
   const uint8_t* mask = p.mask.data ? at<const uint8_t>(p.mask, batch.mask, head) + lane.offset(p.mask) : nullptr;
   const int64_t bias_offset = batch.bias + head * p.bias.head + lane.offset(p.bias);
-  scores.fill(query, at<const T>(p.key, batch.key, kv_head), visibility(p, batch.key_lengths).keys_of(lane.row), mask,
-              bias_offset);
+  scores.fill(query, at<const T>(p.key, batch.key, kv_head), keys, mask, bias_offset);
 }
-
-// f(batch) for every row of a unit, whose successor is being fetched meanwhile.
-template <class T, class F>
-static inline void for_rows(const Problem& p, int64_t outer, int64_t begin, int64_t end, const F& f) {
-  Offsets next(p, outer * p.rows + begin);
-  for (int64_t r = begin; r < end; ++r) {
-    const Offsets batch = next;
-    if (r + 1 < end) {
-      next = Offsets(p, outer * p.rows + r + 1);
-      prefetch_keys<T>(p, next);
-    }
-    f(batch);
-  }
-}
-
-template <class T, class A>
-class FewQueriesForward {
- public:
-  FewQueriesForward(const Problem& p, Carver& c) : p_(p), scores_(p, c) {}
-
-  void run(const ForwardUnitOfWork& w) {
-    Lanes lanes;
-    lanes.fill(w.first_query, w.end_query, p_.q_len, 1);
-    const int64_t group = p_.heads / p_.kv_heads;
-    for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch) {
-      for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head)
-        for (int i = 0; i < lanes.count; ++i) run_query(batch, kv_head, kv_head * group, lanes.lane[i]);
-    });
-  }
-
- private:
-  void run_query(const Offsets& batch, int64_t kv_head, int64_t head, Lane lane) {
-    const T* values = at<const T>(p_.value, batch.value, kv_head);
-    fill_scores<T>(scores_, p_, batch, kv_head, head, lane);
-    A shift = kLowest<A>;
-    for (int i = 0; i < scores_.count; ++i)
-      if (!(scores_.score[i] <= shift)) shift = scores_.score[i];  // also a NaN, which then stays
-    scores_.exponentials(shift);
-    const A sum = scores_.sum();
-    const bool dead = sum == 0;
-    at<A>(p_.lse, batch.lse, head)[lane.offset(p_.lse)] =
-        dead ? -kInf<A> : static_cast<A>(kLn2) * (shift + log2<A>(set1<A>(sum))[0]);
-    at<A>(p_.row_max, batch.row_max, head)[lane.offset(p_.row_max)] = shift;
-    at<A>(p_.row_sum, batch.row_sum, head)[lane.offset(p_.row_sum)] = sum;
-    A factor = dead ? 0 : 1 / sum;
-    if (dead && p_.mean_rows) {
-      scores_.all_keys_alike();
-      factor = 1 / static_cast<A>(p_.k_len);
-    }
-    const T* gate = at<const T>(p_.gate, batch.gate, head);
-    T* out = at<T>(p_.out, batch.out, head) + lane.offset(p_.out);
-    for (int d = 0; d < p_.value_dim; d += kLanes<A>) {
-      const int n = scores_.dims(p_.value_dim, d);
-      Vec<A> o = weighted_sum(values + d, n) * set1<A>(factor);
-      if (gate) o *= sigmoid<A>(load_gate<T, A>(gate + lane.offset(p_.gate), p_.gate, d, n)).value;
-      store_n(out + d, o, n);
-    }
-  }
-
-  // Of n dimensions of the listed values. Four sums: one would wait for itself, and round more.
-  Vec<A> weighted_sum(const T* values, int n) const {
-    Vec<A> part[4] = {};
-    const auto add = [&](int sum, int i) {
-      part[sum] = fma(set1<A>(scores_.score[i]), load_n(values + scores_.key[i] * p_.value.row, n), part[sum]);
-    };
-    int i = 0;
-    for (; i + 4 <= scores_.count; i += 4) TGA_UNROLL for (int sum = 0; sum < 4; ++sum) add(sum, i + sum);
-    for (; i < scores_.count; ++i) add(0, i);
-    return (part[0] + part[1]) + (part[2] + part[3]);
-  }
-
-  const Problem& p_;
-  QueryScores<T, A> scores_;
-};
 
 template <class T, class A>
 class FewQueriesBackward {
@@ -179,7 +76,7 @@ class FewQueriesBackward {
     lanes.fill(0, p_.heads / p_.kv_heads * p_.q_len, p_.q_len, 1);
     partial_ = w.partial;
     const int64_t group = p_.heads / p_.kv_heads;
-    for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch) {
+    for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch, int64_t) {
       for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
         rows_.clear(p_);
         for (int i = 0; i < lanes.count; ++i) run_query(batch, kv_head, kv_head * group, lanes.lane[i]);
@@ -223,7 +120,7 @@ class FewQueriesBackward {
     const A sum = at<const A>(p_.row_sum, batch.row_sum, head)[lane.offset(p_.row_sum)];
     const A shift = at<const A>(p_.row_max, batch.row_max, head)[lane.offset(p_.row_max)];
     const A* grad_lse = at<const A>(p_.grad_lse, batch.grad_lse, head);
-    fill_scores<T>(scores_, p_, batch, kv_head, head, lane);
+    fill_scores<T>(scores_, p_, batch, kv_head, head, lane, visibility(p_, batch.key_lengths).keys_of(lane.row));
     scores_.exponentials(shift);
     const bool dead = sum == 0;
     A r = dead ? 0 : 1 / sum;
