@@ -112,7 +112,8 @@ void check_forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
   if (given(mask)) {
     check_strided("mask", *mask);
     TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool (True = attend), but is ",
-                     dtype_name(mask->scalar_type()), ": pass mask > 0");
+                     dtype_name(mask->scalar_type()),
+                     ": pass mask > 0 for a mask of 0 and 1, bias=mask for an additive one (0 and -1e9)");
     check_device("mask", *mask, query);
     check_broadcastable<S>("mask", *mask, "[*, H, Q, K]", query_sizes<S>(query, at::symint::size<S>(key, -2)));
   }
