@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _arrays
+from ._arguments import check_tensor
 from ._linear import Linear, haiku_limit
 from .module import GatedAttention
 
@@ -83,6 +84,10 @@ class MSARowAttentionWithPairBias(nn.Module):
         self.attention = GatedAttention(msa_dim, num_heads, zero_init=zero_init, device=device, dtype=dtype)
 
     def forward(self, msa: Tensor, mask: Tensor | None, pair: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_tensor("msa", msa)
+            check_tensor("mask", mask, optional=True)
+            check_tensor("pair", pair)
         bias = _heads_first(self.pair_bias(self.pair_norm(pair)))  # [*, 1, H, L, L], shared by all sequences
         result: Tensor = self.attention(self.query_norm(msa), None, _key_mask(mask, False), bias)
         return result
@@ -119,6 +124,9 @@ class MSAColumnAttention(nn.Module):
         self.attention = GatedAttention(msa_dim, num_heads, zero_init=zero_init, device=device, dtype=dtype)
 
     def forward(self, msa: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_tensor("msa", msa)
+            check_tensor("mask", mask, optional=True)
         columns = self.query_norm(msa.transpose(-2, -3))  # [*, L, S, C]
         result: Tensor = self.attention(columns, None, _key_mask(mask, True))
         return result.transpose(-2, -3)
@@ -166,6 +174,9 @@ class MSAColumnGlobalAttention(nn.Module):
         self.linear_g, self.linear_o = linear(msa_dim, bias=1.0), linear(msa_dim, bias=0.0)
 
     def forward(self, msa: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_tensor("msa", msa)
+            check_tensor("mask", mask, optional=True)
         columns = self.query_norm(msa.transpose(-2, -3))  # [*, L, S, C]
         query = self._split(self.linear_q(_average(columns, mask)))  # [*, L, H, 1, D]
         key, value = self.linear_k(columns).unsqueeze(-3), self.linear_v(columns).unsqueeze(-3)  # [*, L, 1, S, D]
@@ -217,6 +228,9 @@ class TriangleAttention(nn.Module):
         self.attention = GatedAttention(pair_dim, num_heads, zero_init=zero_init, device=device, dtype=dtype)
 
     def forward(self, pair: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_tensor("pair", pair)
+            check_tensor("mask", mask, optional=True)
         if not self.starting:
             pair = pair.transpose(-2, -3)
         rows = self.query_norm(pair)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ._arguments import check_call, check_tensor
 from ._core import plan
 
 __all__ = ["Explanation", "explain"]
@@ -68,6 +69,8 @@ def explain(
         TypeError, ValueError: what the call itself would raise, a name in `grad` that is no differentiable argument given,
             or a device of another form.
     """
+    check_call(query, key, value, gate, bias, mask, scale)
+    check_tensor("key_lengths", key_lengths, optional=True)
     tensors = {"query": query, "key": key, "value": value, "gate": gate, "bias": bias, "mask": mask}
     for name in grad:
         if name not in _DIFFERENTIABLE or tensors[name] is None:

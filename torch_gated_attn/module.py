@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _arrays
+from ._arguments import check_tensor
 from ._linear import Linear, haiku_limit
 
 __all__ = ["GatedAttention"]
@@ -116,6 +117,11 @@ class GatedAttention(nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_tensor("q_data", q_data)
+            check_tensor("m_data", m_data, optional=True)
+            check_tensor("mask", mask, optional=True)
+            check_tensor("bias", bias, optional=True)
         m_data = _checked_data(q_data, m_data, self.q_dim, self.kv_dim)
         mask = _mask_with_heads(mask, q_data)
         head_dim, value_head_dim = self.key_dim // self.num_heads, self.value_dim // self.num_heads
