@@ -77,7 +77,7 @@ def explain(
             given = ", ".join(n for n in _DIFFERENTIABLE if tensors[n] is not None)
             raise ValueError(f"grad must name arguments that are given and have gradients ({given}), but names {name!r}")
     where = _device(query) if device is None else device
-    if where != "cpu" and not re.fullmatch(r"sm_\d{2,3}", where):
+    if where != "cpu" and not re.fullmatch(r"sm_[1-9]\d{1,2}", where):
         raise ValueError(f'device must be "cpu" or like "sm_90", but is {where!r}')
     how = plan(
         query,
