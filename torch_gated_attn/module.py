@@ -48,7 +48,9 @@ class GatedAttention(nn.Module):
         - result: [\*, Q, output_dim]
 
     The state dict has `linear_q.weight`, `linear_k.weight`, `linear_v.weight`, `linear_g.weight`, `linear_g.bias`,
-    `linear_o.weight`, `linear_o.bias`, with heads before the size of a head.
+    `linear_o.weight`, `linear_o.bias`, with heads before the size of a head. Each of these layers has its own
+    `reset_parameters`, AlphaFold's start. They may be split over processes by heads (`ColwiseParallel`, `linear_o`
+    `RowwiseParallel`); `bias` and a mask with heads are then the process's part.
     """
 
     def __init__(
@@ -166,10 +168,14 @@ class GatedAttention(nn.Module):
 
         Args:
             params: query_w [A, H, D], key_w [M, H, D], value_w [M, H, Dv], output_w [H, Dv, O], output_b [O] and, with
-                gating, gating_w [A, H, Dv] and gating_b [H, Dv]; NumPy arrays, or anything `numpy.asarray` takes, or
-                tensors.
+                gating, gating_w [A, H, Dv] and gating_b [H, Dv]; tensors, NumPy arrays of any byte order (bfloat16 as of
+                ml_dtypes), or anything `numpy.asarray` takes.
             masked_rows: as in the constructor.
             device, dtype: of the parameters; by default the CPU and the dtype of query_w.
+
+        Raises:
+            TypeError: an array is not of float64, float32, bfloat16 or float16.
+            ValueError: an array is missing, unknown or does not fit the others.
         """
         gating = "gating_w" in params or "gating_b" in params
         shapes = {n: shape for n, shape in _arrays.ATTENTION_SHAPES.items() if gating or not n.startswith("gating")}
