@@ -11,17 +11,16 @@ namespace torch_gated_attn {
 namespace {
 
 template <c10::DispatchKey kKey, c10::DeviceType kDevice>
-ForwardResult forward_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                               const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,
-                               std::optional<double> scale, c10::string_view masked_rows) {
+ForwardResult forward_autocast(const Arguments& given_arguments) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
-  if (query.scalar_type() == at::kDouble) return forward(query, key, value, gate, bias, mask, scale, masked_rows);
+  Arguments a = given_arguments;
+  if (a.query.scalar_type() == at::kDouble) return forward(a);
   const auto target = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
-  const auto cast = [&](const auto& tensor) { return at::autocast::cached_cast(target, tensor, kDevice); };
-  OptionalTensor low_bias = bias;
-  if (given(bias) && bias->scalar_type() == at::kDouble) low_bias = bias->to(at::kFloat);
-  if (given(bias) && c10::isReducedFloatingType(bias->scalar_type())) low_bias = cast(bias);
-  return forward(cast(query), cast(key), cast(value), cast(gate), low_bias, mask, scale, masked_rows);
+  const auto cast = [&](auto& tensor) { tensor = at::autocast::cached_cast(target, tensor, kDevice); };
+  cast(a.query), cast(a.key), cast(a.value), cast(a.gate);
+  if (given(a.bias) && a.bias->scalar_type() == at::kDouble) a.bias = a.bias->to(at::kFloat);
+  if (given(a.bias) && c10::isReducedFloatingType(a.bias->scalar_type())) cast(a.bias);
+  return forward(a);
 }
 
 template <c10::DispatchKey kKey, c10::DeviceType kDevice>
@@ -37,12 +36,12 @@ at::Tensor gate_output_autocast(const at::Tensor& out, const at::Tensor& gate) {
 
 TORCH_LIBRARY_IMPL(torch_gated_attn, AutocastCPU, m) {
   using namespace torch_gated_attn;
-  m.impl("_gated_attention_forward", TORCH_FN((forward_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>)));
+  m.impl("_gated_attention_forward", TORCH_FN((Packed<forward_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>>::call)));
   m.impl("gate_output", TORCH_FN((gate_output_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>)));
 }
 
 TORCH_LIBRARY_IMPL(torch_gated_attn, AutocastCUDA, m) {
   using namespace torch_gated_attn;
-  m.impl("_gated_attention_forward", TORCH_FN((forward_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>)));
+  m.impl("_gated_attention_forward", TORCH_FN((Packed<forward_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>>::call)));
   m.impl("gate_output", TORCH_FN((gate_output_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>)));
 }

@@ -7,6 +7,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include "arguments.h"
 #include "outputs.h"
 
 namespace torch_gated_attn {
@@ -85,64 +86,80 @@ void check_query_key_value(const at::Tensor& query, const at::Tensor& key, const
 }
 
 template <typename S>
-void check_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                   const OptionalTensor& bias, const OptionalTensor& mask, c10::string_view masked_rows) {
-  check_strided("query", query);
-  const auto dtype = query.scalar_type();
+void check_visibility(const Arguments& a) {
+  TORCH_CHECK_VALUE(a.is_causal || !a.window, "window must be None without is_causal, but is ", a.window.value_or(0));
+  TORCH_CHECK_VALUE(!a.window || *a.window >= 1, "window must be at least 1, but is ", a.window.value_or(0));
+  if (!given(a.key_lengths)) return;
+  const at::Tensor& lengths = *a.key_lengths;
+  check_strided("key_lengths", lengths);
+  TORCH_CHECK_TYPE(lengths.scalar_type() == at::kInt || lengths.scalar_type() == at::kLong,
+                   "key_lengths must be int32 or int64, but is ", dtype_name(lengths.scalar_type()));
+  check_device("key_lengths", lengths, a.query);
+  const auto sizes = at::symint::sizes<S>(lengths), query = at::symint::sizes<S>(a.query);
+  bool same = sizes.size() + 3 == query.size();
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = required_equal(sizes[d], query[d]);
+  TORCH_CHECK_VALUE(same, "key_lengths must have query's batch dimensions ", query.slice(0, query.size() - 3),
+                    ", but has shape ", sizes);
+}
+
+template <typename S>
+void check_forward(const Arguments& a) {
+  check_strided("query", a.query);
+  const auto dtype = a.query.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
                    "query must be float32, float64, bfloat16 or float16, but is ", dtype_name(dtype));
   const auto check_like_query = [&](const char* name, const at::Tensor& tensor) {
     check_strided(name, tensor);
     check_dtype(name, tensor, "query's dtype", dtype);
-    check_device(name, tensor, query);
+    check_device(name, tensor, a.query);
   };
-  check_like_query("key", key);
-  check_like_query("value", value);
-  check_query_key_value<S>(query, key, value);
-  if (given(gate)) {
-    check_like_query("gate", *gate);
-    check_broadcastable<S>("gate", *gate, "[*, H, Q, Dv]", query_sizes<S>(query, at::symint::size<S>(value, -1)));
+  check_like_query("key", a.key);
+  check_like_query("value", a.value);
+  check_query_key_value<S>(a.query, a.key, a.value);
+  const auto check_logits = [&](const char* name, const at::Tensor& tensor) {
+    check_device(name, tensor, a.query);
+    check_broadcastable<S>(name, tensor, "[*, H, Q, K]", query_sizes<S>(a.query, at::symint::size<S>(a.key, -2)));
+  };
+  if (given(a.gate)) {
+    check_like_query("gate", *a.gate);
+    check_broadcastable<S>("gate", *a.gate, "[*, H, Q, Dv]", query_sizes<S>(a.query, at::symint::size<S>(a.value, -1)));
   }
-  if (given(bias)) {
-    check_strided("bias", *bias);
-    if (bias->scalar_type() != at::kFloat) check_dtype("bias", *bias, "float32 or query's dtype", dtype);
-    check_device("bias", *bias, query);
-    check_broadcastable<S>("bias", *bias, "[*, H, Q, K]", query_sizes<S>(query, at::symint::size<S>(key, -2)));
+  if (given(a.bias)) {
+    check_strided("bias", *a.bias);
+    if (a.bias->scalar_type() != at::kFloat) check_dtype("bias", *a.bias, "float32 or query's dtype", dtype);
+    check_logits("bias", *a.bias);
   }
-  if (given(mask)) {
-    check_strided("mask", *mask);
-    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool (True = attend), but is ",
-                     dtype_name(mask->scalar_type()),
+  if (given(a.mask)) {
+    check_strided("mask", *a.mask);
+    TORCH_CHECK_TYPE(a.mask->scalar_type() == at::kBool, "mask must be bool (True = attend), but is ",
+                     dtype_name(a.mask->scalar_type()),
                      ": pass mask > 0 for a mask of 0 and 1, bias=mask for an additive one (0 and -1e9)");
-    check_device("mask", *mask, query);
-    check_broadcastable<S>("mask", *mask, "[*, H, Q, K]", query_sizes<S>(query, at::symint::size<S>(key, -2)));
+    check_logits("mask", *a.mask);
   }
-  check_masked_rows(masked_rows);
+  check_masked_rows(a.masked_rows);
+  check_visibility<S>(a);
 }
 
 template <typename S>
-void check_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& query,
-                    const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate, const OptionalTensor& bias,
-                    const OptionalTensor& mask, const at::Tensor& out, const at::Tensor& row_max, const at::Tensor& row_sum,
-                    c10::string_view masked_rows) {
-  check_forward<S>(query, key, value, gate, bias, mask, masked_rows);
+void check_backward(const BackwardArguments& a) {
+  check_forward<S>(a);
   const auto check_out = [&](const char* name, const at::Tensor& tensor) {
     check_strided(name, tensor);
-    check_dtype(name, tensor, "query's dtype", query.scalar_type());
-    check_device(name, tensor, query);
-    check_shape<S>(name, tensor, "[*, H, Q, Dv]", query_sizes<S>(query, at::symint::size<S>(value, -1)));
+    check_dtype(name, tensor, "query's dtype", a.query.scalar_type());
+    check_device(name, tensor, a.query);
+    check_shape<S>(name, tensor, "[*, H, Q, Dv]", query_sizes<S>(a.query, at::symint::size<S>(a.value, -1)));
   };
   const auto check_row = [&](const char* name, const at::Tensor& tensor) {
     check_strided(name, tensor);
-    check_dtype(name, tensor, "dtype", accumulation_type(query.scalar_type()));
-    check_device(name, tensor, query);
-    check_shape<S>(name, tensor, "[*, H, Q]", row_sizes<S>(query));
+    check_dtype(name, tensor, "dtype", accumulation_type(a.query.scalar_type()));
+    check_device(name, tensor, a.query);
+    check_shape<S>(name, tensor, "[*, H, Q]", row_sizes<S>(a.query));
   };
-  if (given(grad_out)) check_out("grad_out", *grad_out);
-  if (given(grad_lse)) check_row("grad_lse", *grad_lse);
-  check_out("out", out);
-  check_row("row_max", row_max);
-  check_row("row_sum", row_sum);
+  if (given(a.grad_out)) check_out("grad_out", *a.grad_out);
+  if (given(a.grad_lse)) check_row("grad_lse", *a.grad_lse);
+  check_out("out", a.out);
+  check_row("row_max", a.row_max);
+  check_row("row_sum", a.row_sum);
 }
 
 template <typename S>

@@ -13,8 +13,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <limits>
+#include <vector>
 
 #include "outputs.h"
+#include "position_masks.h"
 
 namespace torch_gated_attn {
 namespace {
@@ -59,52 +61,71 @@ struct Attention {
   at::Scalar scale;
   at::Scalar keys;           // K, or 1 if there is none
   at::Tensor dead;           // [*, H, Q, 1] the row attends to no key
+  at::Tensor logits;         // [*, H, Q, K], zero in dead rows
   at::Tensor shift, sum;     // [*, H, Q, 1] the largest logit; sum_j exp(s_ij - shift)
   at::Tensor probabilities;  // [*, H, Q, K], zero in dead rows
-  at::Tensor attended;       // [*, H, Q, Dv] probabilities * value
-  at::Tensor result;         // [*, H, Q, Dv] attended, or what masked_rows puts into dead rows
+  at::Tensor mean;           // [*, H, 1, Dv] what masked_rows = "mean" puts into dead rows; else undefined
 };
 
-Attention attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                 const OptionalTensor& bias, const OptionalTensor& mask, std::optional<double> scale,
-                 c10::string_view masked_rows) {
-  const auto type = accumulation_type(query.scalar_type());
-  const auto heads = query.sym_size(-3);
+// Keys that no query of a batch entry attends to may hold NaN or Inf, and 0 * NaN would let them through. `hidden`
+// broadcasts to [*, H, 1, K].
+void forget_keys(Attention& a, const at::Tensor& hidden) {
+  a.key = a.key.masked_fill(transposed(hidden), 0);
+  a.value = a.value.masked_fill(transposed(hidden), 0);
+}
+
+Attention attend(const Arguments& c) {
+  const auto type = accumulation_type(c.query.scalar_type());
+  const auto heads = c.query.sym_size(-3);
   Attention a;
-  a.query = query.to(type);
-  a.key = repeat_heads(key.to(type), heads);
-  a.value = repeat_heads(value.to(type), heads);
-  if (given(gate)) a.gate = gate->to(type).sigmoid();
-  a.scale = scale_of(scale, query);
-  a.keys = key.sym_size(-2).max(c10::SymInt(1));
+  a.query = c.query.to(type);
+  a.key = repeat_heads(c.key.to(type), heads);
+  a.value = repeat_heads(c.value.to(type), heads);
+  if (given(c.gate)) a.gate = c.gate->to(type).sigmoid();
+  a.scale = scale_of(c.scale, c.query);
+  a.keys = c.key.sym_size(-2).max(c10::SymInt(1));
   const at::Tensor every_value = a.value;
 
-  at::Tensor excluded;
-  if (given(mask)) {
-    excluded = mask->logical_not();
+  std::vector<at::Tensor> hidden;
+  if (given(c.mask)) {
+    at::Tensor excluded = c.mask->logical_not();
     while (excluded.dim() < 2) excluded = excluded.unsqueeze(0);
-    // A mask without a query dimension hides keys whose contents may be NaN or Inf, and 0 * NaN would let them through.
-    if (known_equal(excluded.sym_size(-2), c10::SymInt(1))) {
-      a.key = a.key.masked_fill(transposed(excluded), 0);
-      a.value = a.value.masked_fill(transposed(excluded), 0);
-    }
+    if (known_equal(excluded.sym_size(-2), c10::SymInt(1))) forget_keys(a, excluded);
+    hidden.push_back(excluded);
   }
+  if (given(c.key_lengths)) hidden.push_back(beyond_lengths(c)), forget_keys(a, hidden.back());
+  if (c.is_causal) hidden.push_back(hidden_by_position(c));
   auto logits = at::matmul(a.query, transposed(a.key)) * a.scale;
-  if (given(bias)) logits = logits + bias->to(type);
-  if (given(mask)) logits = logits.masked_fill(excluded, -kInfinity);
+  if (given(c.bias)) logits = logits + c.bias->to(type);
+  for (const at::Tensor& h : hidden) logits = logits.masked_fill(h, -kInfinity);
 
   // Dead rows get finite logits before exp and log, so that their derivatives are 0 and never inf * 0.
   a.dead = logits.eq(-kInfinity).all(-1, /*keepdim=*/true);
-  logits = logits.masked_fill(a.dead, 0);
-  const bool no_keys = known_equal(key.sym_size(-2), c10::SymInt(0));  // amax refuses an empty dimension
-  a.shift = no_keys ? logits.detach().sum(-1, true) : at::amax(logits.detach(), -1, true);
-  const auto exponentials = (logits - a.shift).exp();
+  a.logits = logits.masked_fill(a.dead, 0);
+  const bool no_keys = known_equal(c.key.sym_size(-2), c10::SymInt(0));  // amax refuses an empty dimension
+  a.shift = no_keys ? a.logits.detach().sum(-1, true) : at::amax(a.logits.detach(), -1, true);
+  const auto exponentials = (a.logits - a.shift).exp();
   a.sum = exponentials.sum(-1, true);
   a.probabilities = (exponentials / a.sum).masked_fill(a.dead, 0);
-
-  a.attended = at::matmul(a.probabilities, a.value);
-  a.result = masked_rows == "mean" ? at::where(a.dead, every_value.sum(-2, true) / a.keys, a.attended) : a.attended;
+  if (c.masked_rows == "mean") a.mean = every_value.sum(-2, true) / a.keys;
   return a;
+}
+
+// Probabilities as the forward's residuals say, which may come from more keys than these (merged over shards). Their
+// values decide; derivatives of the sum flow through the logits at hand, since row_sum itself is a constant here.
+at::Tensor probabilities_by(const Attention& a, const at::Tensor& row_max, const at::Tensor& row_sum) {
+  const auto shift = row_max.detach().unsqueeze(-1), sum = row_sum.detach().unsqueeze(-1);
+  const auto dead = sum.eq(0).logical_or(a.dead);
+  const auto type = a.logits.scalar_type();
+  // In units of log2, as the kernels compare them: at -1e9 another rounding of the shift would be a factor of e^64.
+  // The lowest number stays finite there, as in the kernels.
+  const auto excluded = a.logits.eq(-kInfinity);
+  const auto lowest = type == at::kDouble ? std::numeric_limits<double>::lowest() : std::numeric_limits<float>::lowest();
+  const auto logits = (a.logits * kLog2e).clamp_min(lowest).masked_fill(excluded, -kInfinity);
+  const auto local = (logits - shift.masked_fill(dead, 0)).masked_fill(dead, 0).exp2();
+  const auto local_sum = local.sum(-1, true);
+  const auto given_sum = sum.masked_fill(dead, 1) + (local_sum - local_sum.detach());
+  return (local / given_sum).masked_fill(dead, 0);
 }
 
 // The same values, their dimensions in memory as those of `like`.
@@ -117,40 +138,42 @@ at::Tensor in_order_of(const at::Tensor& like, const at::Tensor& tensor) {
 
 }  // namespace
 
-ForwardResult forward_composite(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,
-                                std::optional<double> scale, c10::string_view masked_rows) {
+ForwardResult forward_composite(const Arguments& c) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto a = attend(query, key, value, gate, bias, mask, scale, masked_rows);
-  const auto out = a.gate.defined() ? a.result * a.gate : a.result;
+  const auto a = attend(c);
+  auto out = at::matmul(a.probabilities, a.value);
+  if (a.mean.defined()) out = at::where(a.dead, a.mean, out);
+  if (a.gate.defined()) out = out * a.gate;
   const auto lse = (a.shift + a.sum.log()).masked_fill(a.dead, -kInfinity);
-  return {in_order_of(query, out.to(query.scalar_type())), lse.squeeze(-1), (a.shift * kLog2e).squeeze(-1),
+  return {in_order_of(c.query, out.to(c.query.scalar_type())), lse.squeeze(-1), (a.shift * kLog2e).squeeze(-1),
           a.sum.detach().masked_fill(a.dead, 0).squeeze(-1)};
 }
 
-Gradients backward_composite(const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& query,
-                             const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                             const OptionalTensor& bias, const OptionalTensor& mask, std::optional<double> scale,
-                             c10::string_view masked_rows, std::array<bool, 5> grad_mask) {
+Gradients backward_composite(const BackwardArguments& c) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto a = attend(query, key, value, gate, bias, mask, scale, masked_rows);
-  const auto d_out = given(grad_out) ? grad_out->to(a.result.scalar_type()) : at::zeros_like(a.result);
+  const auto a = attend(c);
+  const auto type = a.query.scalar_type();
+  const auto out = c.out.to(type), d_out = given(c.grad_out) ? c.grad_out->to(type) : at::zeros_like(out);
   const auto d_result = a.gate.defined() ? d_out * a.gate : d_out;
-  auto delta = (d_result * a.attended).sum(-1, true);
-  if (given(grad_lse)) delta = delta - grad_lse->unsqueeze(-1).masked_fill(a.dead, 0);
-  const auto d_logits = a.probabilities * (at::matmul(d_result, transposed(a.value)) - delta);
+  const auto dead = c.row_sum.eq(0).unsqueeze(-1);  // no key attended, in no shard
+  const auto probabilities = probabilities_by(a, c.row_max, c.row_sum);
+  auto delta = (d_out * out).sum(-1, true);
+  if (given(c.grad_lse)) delta = delta - c.grad_lse->unsqueeze(-1);
+  const auto d_logits = probabilities * (at::matmul(d_result, transposed(a.value)) - delta.masked_fill(dead, 0));
 
   Gradients result;
   auto& [d_query, d_key, d_value, d_gate, d_bias] = result;
-  if (grad_mask[0]) d_query = (at::matmul(d_logits, a.key) * a.scale).to(query.scalar_type());
-  if (grad_mask[1]) d_key = sum_head_groups(at::matmul(transposed(d_logits), a.query) * a.scale, key);
-  if (grad_mask[2]) {
-    auto d_values = at::matmul(transposed(a.probabilities), d_result);
-    if (masked_rows == "mean") d_values = d_values + d_result.masked_fill(a.dead.logical_not(), 0).sum(-2, true) / a.keys;
-    d_value = sum_head_groups(d_values, value);
+  if (c.grad_mask[0]) d_query = (at::matmul(d_logits, a.key) * a.scale).to(c.query.scalar_type());
+  if (c.grad_mask[1]) d_key = sum_head_groups(at::matmul(transposed(d_logits), a.query) * a.scale, c.key);
+  if (c.grad_mask[2]) {
+    auto d_values = at::matmul(transposed(probabilities), d_result);
+    if (c.masked_rows == "mean")
+      d_values = d_values + d_result.masked_fill(dead.logical_not(), 0).sum(-2, true) / a.keys;
+    d_value = sum_head_groups(d_values, c.value);
   }
-  if (grad_mask[3] && a.gate.defined()) d_gate = sum_broadcast(d_out * a.result * a.gate * (1 - a.gate), *gate);
-  if (grad_mask[4] && given(bias)) d_bias = sum_broadcast(d_logits, *bias);
+  // From the gated output, as in the kernels: also where these keys are not all the keys, or there are none.
+  if (c.grad_mask[3] && a.gate.defined()) d_gate = sum_broadcast(d_out * out * (-c.gate->to(type)).sigmoid(), *c.gate);
+  if (c.grad_mask[4] && given(c.bias)) d_bias = sum_broadcast(d_logits, *c.bias);
   return result;
 }
 

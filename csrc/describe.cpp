@@ -21,12 +21,19 @@ int64_t broadcast_stride(const at::Tensor& t, int64_t from_right) {
   return d < 0 || t.size(d) == 1 ? 0 : t.stride(d);
 }
 
-// `row_dims`: 2 for [*, H, L, C] operands, 1 for [*, H, L] ones.
+// A meta tensor, whose layout explain() asks about, begins at a multiple of 256 bytes, as PyTorch allocates, but for its
+// offset; not at 0, which is an absent operand.
+void* address(const at::Tensor& t) {
+  if (!t.is_meta()) return t.data_ptr();
+  return reinterpret_cast<void*>(256 + t.storage_offset() * t.element_size());
+}
+
+// `row_dims`: 2 for [*, H, L, C] operands, 1 for [*, H, L] ones, -1 for [*] ones.
 Walk walk(const at::Tensor& t, View& view, int64_t row_dims, int64_t batch_dims) {
-  view.data = t.data_ptr();
+  view.data = address(t);
   view.col = row_dims == 2 ? broadcast_stride(t, 1) : 0;
-  view.row = broadcast_stride(t, row_dims);
-  view.head = broadcast_stride(t, row_dims + 1);
+  view.row = row_dims > 0 ? broadcast_stride(t, row_dims) : 0;
+  view.head = row_dims > 0 ? broadcast_stride(t, row_dims + 1) : 0;
   Walk w{&view, {}};
   for (int64_t d = 0; d < batch_dims; ++d) w.batch.push_back(broadcast_stride(t, row_dims + 1 + batch_dims - d));
   return w;
@@ -39,7 +46,7 @@ bool mergeable(const std::vector<Walk>& walks, const std::vector<int64_t>& sizes
   return true;
 }
 
-void merge_batch(std::vector<Walk>& walks, const at::Tensor& query, Problem& p) {
+bool merge_batch(std::vector<Walk>& walks, const at::Tensor& query, Problem& p) {
   const int64_t batch_dims = query.dim() - 3;
   const auto by_bias = [&](size_t d) {  // whether the bias or its gradient has this dimension
     for (const Walk& w : walks)
@@ -69,16 +76,14 @@ void merge_batch(std::vector<Walk>& walks, const at::Tensor& query, Problem& p) 
     for (Walk& w : walks) w.batch.erase(w.batch.begin() + (d - 1));
     if (d < outer_dims) --outer_dims;
   }
-  TORCH_CHECK_VALUE(sizes.size() <= kMaxBatchDims, "query must have at most ", kMaxBatchDims,
-                    " batch dimensions after those that every argument walks alike are merged, but ", sizes.size(),
-                    " remain of shape ", query.sizes());
+  if (sizes.size() > kMaxBatchDims) return false;
   const size_t first = kMaxBatchDims - sizes.size();
   for (size_t d = 0; d < sizes.size(); ++d) {
     p.batch[first + d] = sizes[d];
     (d < outer_dims ? p.outer : p.rows) *= sizes[d];
     for (Walk& w : walks) w.view->batch[first + d] = w.batch[d];
-    p.mask_varies_by_row |= d >= outer_dims && p.mask.batch[first + d] != 0;
   }
+  return true;
 }
 
 }  // namespace
@@ -92,7 +97,7 @@ DType kernel_dtype(at::ScalarType dtype) {
   }
 }
 
-Problem describe(const Operands& o, std::optional<double> scale, c10::string_view masked_rows) {
+std::optional<Problem> describe(const Operands& o, const Arguments& a) {
   Problem p;
   p.dtype = kernel_dtype(o.query.scalar_type());
   p.bias_dtype = o.bias.defined() ? kernel_dtype(o.bias.scalar_type()) : p.dtype;
@@ -102,9 +107,11 @@ Problem describe(const Operands& o, std::optional<double> scale, c10::string_vie
   p.k_len = o.key.size(-2);
   p.head_dim = o.query.size(-1);
   p.value_dim = o.value.size(-1);
-  p.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(p.head_dim));
+  p.scale = a.scale ? *a.scale : 1 / std::sqrt(static_cast<double>(p.head_dim));
   if (p.head_dim == 0) p.scale = 0;  // no product to scale
-  p.mean_rows = masked_rows == "mean";
+  p.mean_rows = a.masked_rows == "mean";
+  p.is_causal = a.is_causal;
+  p.window = a.window.value_or(0);
 
   std::vector<Walk> walks;
   const auto add = [&](const at::Tensor& t, View& view, int64_t row_dims) {
@@ -114,8 +121,8 @@ Problem describe(const Operands& o, std::optional<double> scale, c10::string_vie
   add(o.bias, p.bias, 2), add(o.mask, p.mask, 2), add(o.out, p.out, 2), add(o.grad_out, p.grad_out, 2);
   add(o.lse, p.lse, 1), add(o.row_max, p.row_max, 1), add(o.row_sum, p.row_sum, 1), add(o.grad_lse, p.grad_lse, 1);
   add(o.d_query, p.d_query, 2), add(o.d_key, p.d_key, 2), add(o.d_value, p.d_value, 2), add(o.d_gate, p.d_gate, 2);
-  add(o.d_bias, p.d_bias, 2);
-  merge_batch(walks, o.query, p);
+  add(o.d_bias, p.d_bias, 2), add(o.key_lengths, p.key_lengths, -1);
+  if (!merge_batch(walks, o.query, p)) return std::nullopt;
   return p;
 }
 

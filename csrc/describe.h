@@ -3,7 +3,7 @@
 // From tensors to the torch-free Problem, for the launchers of every device. Arguments have passed checks.h.
 #pragma once
 
-#include "gated_attention.h"
+#include "arguments.h"
 #include "problem.h"
 
 namespace torch_gated_attn {
@@ -11,13 +11,14 @@ namespace torch_gated_attn {
 // The tensors of one call; undefined = absent.
 struct Operands {
   at::Tensor query, key, value, gate, bias, mask, out, lse, row_max, row_sum;
-  at::Tensor grad_out, grad_lse, d_query, d_key, d_value, d_gate, d_bias;
+  at::Tensor grad_out, grad_lse, key_lengths, d_query, d_key, d_value, d_gate, d_bias;
 };
 
 DType kernel_dtype(at::ScalarType dtype);
 
 // Merges batch dimensions and orders them so that those the bias (and d_bias) does not vary over come last.
-Problem describe(const Operands& operands, std::optional<double> scale, c10::string_view masked_rows);
+// None where more than kMaxBatchDims remain.
+std::optional<Problem> describe(const Operands& operands, const Arguments& a);
 
 // `tensor` with unit stride in its last dimension (or a broadcast one, stride 0): itself, or a dense copy of its distinct
 // elements, expanded to its shape. Undefined stays undefined.

@@ -13,6 +13,7 @@
 //   gate  broadcastable to [*, H, Q, Dv], raw logits; none = no gating
 //   bias  broadcastable to [*, H, Q, K], query's dtype or float32
 //   mask  broadcastable to [*, H, Q, K], bool
+//   key_lengths  [*], int32 or int64: leading keys of each batch entry that exist
 //   out   [*, H, Q, Dv], dimensions in the memory order of query      lse [*, H, Q], float32 (float64 for float64)
 //
 // The formula is the attention core of AlphaFold 2 (Jumper et al. 2021, supplementary algorithm 7) with an optional gate.
@@ -32,16 +33,21 @@ namespace torch_gated_attn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Query i stands at key position K - Q + i: with is_causal it attends to no key behind it, with a window (which needs
+// is_causal) to the last `window` keys only, its own position included. Tiles in which nothing is attended are not computed.
 // Rows with no attended key: masked_rows = "zero" gives 0, "mean" gives sigmoid(gate) * mean of all values.
 TORCH_GATED_ATTN_API at::Tensor gated_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                                 const OptionalTensor& gate = {}, const OptionalTensor& bias = {},
                                                 const OptionalTensor& mask = {}, std::optional<double> scale = {},
-                                                c10::string_view masked_rows = "zero");
+                                                c10::string_view masked_rows = "zero", bool is_causal = false,
+                                                std::optional<int64_t> window = {},
+                                                const OptionalTensor& key_lengths = {});
 
 TORCH_GATED_ATTN_API std::tuple<at::Tensor, at::Tensor> gated_attention_with_lse(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate = {},
     const OptionalTensor& bias = {}, const OptionalTensor& mask = {}, std::optional<double> scale = {},
-    c10::string_view masked_rows = "zero");
+    c10::string_view masked_rows = "zero", bool is_causal = false, std::optional<int64_t> window = {},
+    const OptionalTensor& key_lengths = {});
 
 // out * sigmoid(gate), for the result of another attention: gate is broadcastable to out. One pass over memory, forward and
 // backward.
@@ -49,28 +55,11 @@ TORCH_GATED_ATTN_API at::Tensor gate_output(const at::Tensor& out, const at::Ten
 std::tuple<at::Tensor, at::Tensor> gate_output_backward(const at::Tensor& grad, const at::Tensor& out,
                                                         const at::Tensor& gate, std::array<bool, 2> grad_mask);
 
-// The functional ops that carry the work. row_max and row_sum [*, H, Q] are private residuals of the backward: a shift m
-// within a few units of the row's largest logit, in units of log2, and sum_j 2^(s_ij * log2(e) - m); lse follows from them.
+// What the functional ops that carry the work return (arguments.h). row_max and row_sum [*, H, Q] are private residuals of
+// the backward: a shift m within a few units of the row's largest logit, in units of log2, and sum_j 2^(s_ij * log2(e) - m);
+// lse follows from them.
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // out, lse, row_max, row_sum
-ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                      const OptionalTensor& bias, const OptionalTensor& mask, std::optional<double> scale,
-                      c10::string_view masked_rows);
-
-// Gradients of query, key, value, gate, bias, in this order; undefined where grad_mask is false.
+// Gradients of query, key, value, gate, bias, in this order; undefined where nobody asked.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& query,
-                   const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate, const OptionalTensor& bias,
-                   const OptionalTensor& mask, const at::Tensor& out, const at::Tensor& row_max, const at::Tensor& row_sum,
-                   std::optional<double> scale, c10::string_view masked_rows, std::array<bool, 5> grad_mask);
-
-// The same two as differentiable ATen formulas of any order (double backward, torch.func, forward-mode AD); they allocate
-// [*, H, Q, K].
-ForwardResult forward_composite(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& mask,
-                                std::optional<double> scale, c10::string_view masked_rows);
-Gradients backward_composite(const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& query,
-                             const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate,
-                             const OptionalTensor& bias, const OptionalTensor& mask, std::optional<double> scale,
-                             c10::string_view masked_rows, std::array<bool, 5> grad_mask);
 
 }  // namespace torch_gated_attn

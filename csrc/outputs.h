@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "gated_attention.h"
+#include "arguments.h"
 #include "symbolic.h"
 
 namespace torch_gated_attn {
@@ -77,28 +77,27 @@ at::Tensor empty_in_order_of(const at::Tensor& like, c10::ArrayRef<S> sizes) {
 
 // out [*, H, Q, Dv] in query's memory order; lse, row_max and row_sum [*, H, Q], contiguous.
 template <typename S>
-ForwardResult empty_forward(const at::Tensor& query, const at::Tensor& value) {
-  auto out = empty_in_order_of<S>(query, query_sizes<S>(query, at::symint::size<S>(value, -1)));
-  const auto options = at::TensorOptions().dtype(accumulation_type(query.scalar_type())).device(query.device());
-  const auto row = [&] { return at::symint::empty<S>(row_sizes<S>(query), options); };
+ForwardResult empty_forward(const Arguments& a) {
+  auto out = empty_in_order_of<S>(a.query, query_sizes<S>(a.query, at::symint::size<S>(a.value, -1)));
+  const auto options = at::TensorOptions().dtype(accumulation_type(a.query.scalar_type())).device(a.query.device());
+  const auto row = [&] { return at::symint::empty<S>(row_sizes<S>(a.query), options); };
   return {std::move(out), row(), row(), row()};
 }
 
 // Gradients have the shape and dtype of their input: in its memory order, but contiguous for the bias, whose gradient is
 // summed from contiguous blocks. Those nobody asked for, or of an absent input, are undefined.
 template <typename S>
-Gradients empty_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                          const OptionalTensor& gate, const OptionalTensor& bias, std::array<bool, 5> grad_mask) {
+Gradients empty_gradients(const BackwardArguments& a) {
   const auto like = [](bool wanted, const at::Tensor& input) {
     return wanted ? empty_in_order_of<S>(input, at::symint::sizes<S>(input)) : at::Tensor();
   };
   at::Tensor d_gate, d_bias;
-  if (given(gate)) d_gate = like(grad_mask[3], *gate);
-  if (given(bias) && grad_mask[4]) {
-    d_bias = at::symint::empty<S>(at::symint::sizes<S>(*bias),
-                                  at::TensorOptions().dtype(bias->scalar_type()).device(bias->device()));
+  if (given(a.gate)) d_gate = like(a.grad_mask[3], *a.gate);
+  if (given(a.bias) && a.grad_mask[4]) {
+    d_bias = at::symint::empty<S>(at::symint::sizes<S>(*a.bias),
+                                  at::TensorOptions().dtype(a.bias->scalar_type()).device(a.bias->device()));
   }
-  return {like(grad_mask[0], query), like(grad_mask[1], key), like(grad_mask[2], value), d_gate, d_bias};
+  return {like(a.grad_mask[0], a.query), like(a.grad_mask[1], a.key), like(a.grad_mask[2], a.value), d_gate, d_bias};
 }
 
 // Both gradients of gate_output, each like its input.

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "visibility.h"
+
 namespace torch_gated_attn {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -30,10 +32,12 @@ struct Problem {
   int64_t heads = 0, kv_heads = 0, q_len = 0, k_len = 0, head_dim = 0, value_dim = 0;
   double scale = 1;
   bool mean_rows = false;  // masked_rows == "mean"
+  bool is_causal = false;
+  int64_t window = 0;  // keys that a query sees; 0: no limit
 
   View query, key, value, gate, bias, mask, out;  // mask: one byte each
   View lse, row_max, row_sum;                     // [*, H, Q], accumulation type
-  bool mask_varies_by_row = false;                // the mask differs between the `rows` of one `outer` index
+  View key_lengths;                               // [*], int64: keys of a batch entry that exist
 
   // Backward only. `out` is read there, the others above are as in the forward.
   View grad_out, grad_lse;
@@ -45,9 +49,19 @@ struct Problem {
 inline bool masks_keys(const Problem& p) {
   return p.mask.data && p.mask.row == 0 && (p.mask.head == 0 || p.heads == p.kv_heads);
 }
-// Whether rows share logits other than 0: a bias, or a mask that changes logits and does not vary by row.
-inline bool shares_logits(const Problem& p) {
-  return p.bias.data || (p.mask.data && !masks_keys(p) && !p.mask_varies_by_row);
+// What queries see of all keys, and of those of the batch entry whose offset into key_lengths is `offset`.
+inline Visibility<int64_t> visibility(const Problem& p) {
+  Visibility<int64_t> v;
+  v.q_len = p.q_len, v.k_len = v.length = p.k_len, v.window = p.window, v.causal = p.is_causal;
+  return v;
+}
+inline Visibility<int64_t> visibility(const Problem& p, int64_t offset) {
+  Visibility<int64_t> v = visibility(p);
+  if (p.key_lengths.data) {
+    const int64_t length = static_cast<const int64_t*>(p.key_lengths.data)[offset];
+    v.length = length < 0 ? 0 : length < p.k_len ? length : p.k_len;
+  }
+  return v;
 }
 // So few queries per key/value head that they get a path of their own (cpu/few_queries.h), whose units take all heads of
 // their rows. Whatever gradients are wanted: a backward must repeat the scores of the forward, whose sums it divides by.

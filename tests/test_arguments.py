@@ -51,9 +51,10 @@ def test_tensors_that_are_missing(function, name):
     assert str(raised.value) == f"{name} must be a torch.Tensor, but is None"
 
 
-def test_key_lengths():
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_key_lengths(function):
     with pytest.raises(TypeError) as raised:
-        gated_attention(**arguments(), key_lengths=np.array([1, 2]))
+        FUNCTIONS[function](**arguments(), key_lengths=np.array([1, 2]))
     assert str(raised.value) == "key_lengths must be a torch.Tensor or None, but is a numpy.ndarray"
 
 
@@ -127,6 +128,19 @@ def test_numbers_as_scale():
 class Heads(torch.nn.Module):
     def forward(self, query, key, value, gate, bias, mask):
         return gated_attention(query, key, value, gate, bias, mask, scale=2 * query.size(-1) ** -0.5)
+
+
+class HeadsWithLse(torch.nn.Module):
+    def forward(self, query, key, value, gate, bias, mask):
+        return gated_attention_with_lse(query, key, value, gate, bias, mask)[0]
+
+
+def test_functions_in_an_fx_graph():
+    call = arguments()
+    graph = torch.fx.symbolic_trace(Heads())
+    assert torch.equal(graph(*call.values()), Heads()(*call.values()))
+    graph = torch.fx.symbolic_trace(HeadsWithLse())
+    assert torch.equal(graph(*call.values()), gated_attention(**call))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

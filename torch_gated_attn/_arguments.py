@@ -20,7 +20,7 @@ def check_tensor(name: str, argument: Any, optional: bool = False) -> None:
     raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, but is {came}")
 
 
-def check_call(query: Any, key: Any, value: Any, gate: Any, bias: Any, mask: Any, scale: Any) -> None:
+def check_call(query: Any, key: Any, value: Any, gate: Any, bias: Any, mask: Any, key_lengths: Any, scale: Any) -> None:
     """The arguments that all functions of attention share."""
     check_tensor("query", query)
     check_tensor("key", key)
@@ -28,6 +28,7 @@ def check_call(query: Any, key: Any, value: Any, gate: Any, bias: Any, mask: Any
     check_tensor("gate", gate, optional=True)
     check_tensor("bias", bias, optional=True)
     check_tensor("mask", mask, optional=True)
+    check_tensor("key_lengths", key_lengths, optional=True)
     if isinstance(scale, Tensor):  # the schema takes one, and makes a number of it
         raise TypeError(
             "scale must be a number, but is a tensor, whose gradient would be lost: multiply query by it and pass scale=1.0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Formulas for torch.utils.flop_counter: the matrix products of attention, masked keys included, as PyTorch counts
+"""Formulas for torch.utils.flop_counter: the matrix products of attention, hidden keys included, as PyTorch counts
 those of scaled_dot_product_attention."""
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def _forward(query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any 
 
 
 def _backward(grad_out: Any, grad_lse: Any, query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    grad_mask: list[bool] = args[-1]
+    # args: gate, bias, mask, out, row_max, row_sum, scale, masked_rows, grad_mask and what was appended to the schema
+    grad_mask: list[bool] = args[8]
     d_query, d_key, d_value, _, d_bias = grad_mask
     d_logits = d_query or d_key or d_bias
     by_head_dim = (d_logits or d_value) + d_query + d_key  # the logits are computed again

@@ -23,27 +23,38 @@ def _lead(tensor: Tensor | None, dim: int | None, batch: int, rank: int) -> Tens
     return front[(slice(None),) + (None,) * (rank - front.dim())]
 
 
-def _forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    query, key, value, gate, bias, mask, scale, masked_rows = args
-    batch, rank = info.batch_size, query.dim() + (in_dims[0] is None)
-    query, key, value = (_lead(x, d, batch, rank) for x, d in zip((query, key, value), in_dims, strict=False))
-    gate, bias, mask = (
-        x if d is None else _lead(x, d, batch, rank) for x, d in zip((gate, bias, mask), in_dims[3:], strict=False)
-    )
-    return _ops._gated_attention_forward(query, key, value, gate, bias, mask, scale, masked_rows), (0, 0, 0, 0)
+# of is_causal, window and key_lengths: the dispatcher leaves trailing defaults out
+_DEFAULTS = (False, None, None)
 
 
-def _backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    tensors, (scale, masked_rows, grad_mask) = args[:11], args[11:]
+def _complete(args: tuple[Any, ...], in_dims: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """All `count` arguments and their mapped dimensions."""
+    missing = count - len(args)
+    return (*args, *_DEFAULTS[len(_DEFAULTS) - missing :]), (*in_dims, *(None,) * missing)
+
+
+def _forward(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
+    args, dims = _complete(given, in_dims, 11)
+    query, lengths = args[0], args[10]
+    batch, rank = info.batch_size, query.dim() + (dims[0] is None)
+    tensors = [_lead(x, d, batch, rank) for x, d in zip(args[:3], dims, strict=False)]
+    tensors += [x if d is None else _lead(x, d, batch, rank) for x, d in zip(args[3:6], dims[3:6], strict=True)]
+    results = _ops._gated_attention_forward(*tensors, *args[6:10], _lead(lengths, dims[10], batch, rank - 3))
+    return results, (0, 0, 0, 0)
+
+
+def _backward(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
+    args, dims = _complete(given, in_dims, 17)
+    tensors, lengths = args[:11], args[16]
     query = tensors[2]
-    batch, rank = info.batch_size, query.dim() + (in_dims[2] is None)
+    batch, rank = info.batch_size, query.dim() + (dims[2] is None)
     lead = []
-    for i, (x, d) in enumerate(zip(tensors, in_dims, strict=False)):
+    for i, (x, d) in enumerate(zip(tensors, dims, strict=False)):
         rows = i in (1, 9, 10)  # grad_lse, row_max, row_sum have no last dimension
         lead.append(_lead(x, d, batch, rank - rows))
-    grads = _ops._gated_attention_backward(*lead, scale, masked_rows, grad_mask)
+    grads = _ops._gated_attention_backward(*lead, *args[11:16], _lead(lengths, dims[16], batch, rank - 3))
     # A gradient has its input's shape: the dimensions that _lead put in for alignment go again.
-    inputs = [x if d is None or x is None else x.movedim(d, 0)[0] for x, d in zip(tensors[2:7], in_dims[2:7], strict=True)]
+    inputs = [x if d is None or x is None else x.movedim(d, 0)[0] for x, d in zip(tensors[2:7], dims[2:7], strict=True)]
     shaped = tuple(g if g is None else g.reshape(batch, *x.shape) for g, x in zip(grads, inputs, strict=True))
     return shaped, tuple(None if g is None else 0 for g in shaped)
 

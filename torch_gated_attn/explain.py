@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ._arguments import check_call, check_tensor
-from ._core import plan
+from ._arguments import check_call
 
 __all__ = ["Explanation", "explain"]
 
@@ -69,8 +68,7 @@ def explain(
         TypeError, ValueError: what the call itself would raise, a name in `grad` that is no differentiable argument given,
             or a device of another form.
     """
-    check_call(query, key, value, gate, bias, mask, scale)
-    check_tensor("key_lengths", key_lengths, optional=True)
+    check_call(query, key, value, gate, bias, mask, key_lengths, scale)
     tensors = {"query": query, "key": key, "value": value, "gate": gate, "bias": bias, "mask": mask}
     for name in grad:
         if name not in _DIFFERENTIABLE or tensors[name] is None:
@@ -79,36 +77,21 @@ def explain(
     where = _device(query) if device is None else device
     if where != "cpu" and not re.fullmatch(r"sm_[1-9]\d{1,2}", where):
         raise ValueError(f'device must be "cpu" or like "sm_90", but is {where!r}')
-    how = plan(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        masked_rows=masked_rows,
-        is_causal=is_causal,
-        window=window,
-        key_lengths=key_lengths,
-        device_type="cpu" if where == "cpu" else "cuda",
-    )
-    tensors["mask"] = how.mask
-    # The checks of the call, which run on meta tensors too.
-    metas = [None if t is None else _on_meta(t) for t in tensors.values()]
-    out = torch.ops.torch_gated_attn._gated_attention_forward(*metas, scale, masked_rows)[0]
-    if out.numel() == 0:
-        return Explanation("none", "the result has no elements", where)
-    if key.size(-2) == 0:
-        return Explanation("none", "there are no keys: the results are zeros", where)
-
-    if how.core == "sdpa":
-        return Explanation("sdpa", how.reason, where)
-
     from . import _C
 
+    tensors["key_lengths"] = key_lengths
     arch = None if where == "cpu" else int(where[3:])
-    wanted = [name in grad for name in _DIFFERENTIABLE]
-    kernel, reason, details = _C.explain([_layout(t) for t in tensors.values()], scale, masked_rows, wanted, arch)
-    if arch is not None and _C.cuda_version is None:
+    kernel, reason, details = _C.explain(
+        [_layout(t) for t in tensors.values()],
+        scale,
+        masked_rows,
+        is_causal,
+        window,
+        bias is not None and bias.requires_grad,
+        [name in grad for name in _DIFFERENTIABLE],
+        arch,
+    )
+    if arch is not None and _C.cuda_version is None and kernel not in ("none", "sdpa"):
         if query.device.type == "cuda":
             return Explanation("none", "this library was built without CUDA kernels", where)
         reason += "; this library was built without CUDA kernels"
@@ -124,18 +107,14 @@ def _device(query: Tensor) -> str:
     return "cpu"
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
 def _layout(tensor: Tensor | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int] | None:
     if tensor is None:
         return None
-    # An allocation begins at a multiple of 256 bytes; 256 more, for an address of 0 means an absent tensor.
-    address = int(tensor.storage_offset()) * tensor.element_size() if tensor.is_meta else tensor.data_ptr() % 256
+    # An allocation begins at a multiple of 256 bytes.
+    address = int(tensor.storage_offset()) * tensor.element_size() if tensor.is_meta else tensor.data_ptr()
     return (
         str(tensor.dtype).removeprefix("torch."),
         tuple(map(int, tensor.shape)),
         tuple(map(int, tensor.stride())),
-        256 + address,
+        address % 256,
     )

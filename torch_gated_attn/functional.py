@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _core
 from ._arguments import check_call, check_tensor
 
 __all__ = ["gate_output", "gated_attention", "gated_attention_with_lse"]
@@ -58,35 +57,33 @@ def gated_attention(
 
     Raises:
         TypeError: a dtype is not one of the above, a tensor is none, or `scale` is a tensor.
-        ValueError: a shape does not fit, `masked_rows` is unknown, `window` comes without `is_causal`, or more than four
-            batch dimensions remain after those that behave alike for every argument are merged.
+        ValueError: a shape does not fit, `masked_rows` is unknown, or `window` comes without `is_causal`.
         RuntimeError: the arguments are on different devices, or on one that the library was not built for.
+
+    What no query sees costs nothing: keys behind a query's position, before its window or beyond a length, and tiles of a
+    mask in which nothing is attended, are neither read nor computed, forward and backward.
 
     Sums are float32 (float64 for float64) whatever the dtype. Results and gradients are the same bits for any number of
     threads. Gradients have the shape and dtype of their input; the mask has none.
 
-    Causal float32 calls on a CPU without another mask, and head_dims above 128 on a CUDA device, are computed by PyTorch's
-    ``scaled_dot_product_attention`` followed by :func:`gate_output` where it can do the same. For these the promises on
-    bits, memory order and NaN in hidden keys are PyTorch's, and gradients cannot be differentiated again;
-    ``torch.use_deterministic_algorithms(True)`` keeps to the operator.
+    head_dims above 128 on a CUDA device are computed by PyTorch's ``scaled_dot_product_attention`` followed by
+    :func:`gate_output` where it can do the same. For these the promises on bits, memory order and NaN in hidden keys are
+    PyTorch's, and gradients cannot be differentiated again; ``torch.use_deterministic_algorithms(True)`` keeps to the
+    operator. :func:`explain` says which.
     """
-    check_call(query, key, value, gate, bias, mask, scale)
-    check_tensor("key_lengths", key_lengths, optional=True)
-    how = _core.plan(
+    check_call(query, key, value, gate, bias, mask, key_lengths, scale)
+    out: Tensor = torch.ops.torch_gated_attn.gated_attention(
         query,
         key,
         value,
+        gate,
         bias,
         mask,
+        scale=scale,
         masked_rows=masked_rows,
         is_causal=is_causal,
         window=window,
         key_lengths=key_lengths,
-    )
-    if how.core == "sdpa":
-        return _core.sdpa(query, key, value, gate, bias, how.mask, scale, how.causal_only)
-    out: Tensor = torch.ops.torch_gated_attn.gated_attention(
-        query, key, value, gate, bias, how.mask, scale=scale, masked_rows=masked_rows
     )
     return out
 
@@ -101,6 +98,9 @@ def gated_attention_with_lse(
     *,
     scale: float | None = None,
     masked_rows: str = "zero",
+    is_causal: bool = False,
+    window: int | None = None,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""As :func:`gated_attention`, and the logarithm of each row's softmax denominator.
 
@@ -112,9 +112,19 @@ def gated_attention_with_lse(
         out, [\*, H, Q, Dv] in query's dtype, and lse, [\*, H, Q] in float32 (float64 for float64), which is
         differentiable too. Where a row attends to no key, lse is -inf and has no gradient.
     """
-    check_call(query, key, value, gate, bias, mask, scale)
+    check_call(query, key, value, gate, bias, mask, key_lengths, scale)
     out, lse = torch.ops.torch_gated_attn.gated_attention_with_lse(
-        query, key, value, gate, bias, mask, scale=scale, masked_rows=masked_rows
+        query,
+        key,
+        value,
+        gate,
+        bias,
+        mask,
+        scale=scale,
+        masked_rows=masked_rows,
+        is_causal=is_causal,
+        window=window,
+        key_lengths=key_lengths,
     )
     return out, lse
 

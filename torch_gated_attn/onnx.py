@@ -19,7 +19,7 @@ Needs onnxscript, which is imported with this module only: ``pip install "torch-
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,33 @@ def _repeat_heads(x: Any, heads: int) -> Any:
     return op.Reshape(groups, shape)
 
 
+def _hidden(query: Any, key: Any, is_causal: bool, window: int | None, key_lengths: Any) -> Iterator[Any]:
+    """Bool values that broadcast to [*, H, Q, K], True = the key is not seen; query i stands at key position K - Q + i."""
+
+    def scalar(x: int) -> Any:
+        return op.Constant(value=ir.tensor(x, dtype=ir.DataType.INT64))
+
+    def length(x: Any) -> Any:
+        return op.Squeeze(op.Shape(x, start=_ROWS, end=_LAST), [0])
+
+    keys = length(key)
+    position = op.Range(scalar(0), keys, scalar(1))  # [K]
+    if is_causal:
+        own = op.Unsqueeze(op.Range(op.Sub(keys, length(query)), keys, scalar(1)), [_LAST])  # [Q, 1]
+        yield op.Greater(position, own)
+        if window is not None:
+            yield op.LessOrEqual(position, op.Sub(own, scalar(window)))
+    if key_lengths is not None:
+        lengths = op.Unsqueeze(op.Cast(key_lengths, to=ir.DataType.INT64), [-1, -2, -3])
+        yield op.GreaterOrEqual(position, lengths)
+
+
+def _gate_output(out: Any, gate: Any) -> Any:
+    dtype = out.dtype
+    wide = dtype if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    return op.Cast(op.Mul(op.Cast(out, to=wide), op.Sigmoid(op.Cast(gate, to=wide))), to=dtype)
+
+
 def _attend(
     query: Any,
     key: Any,
@@ -62,6 +89,9 @@ def _attend(
     mask: Any = None,
     scale: float | None = None,
     masked_rows: str = "zero",
+    is_causal: bool = False,
+    window: int | None = None,
+    key_lengths: Any = None,
 ) -> tuple[Any, Any]:
     """out and lse as ONNX values; arguments as those of :func:`torch_gated_attn.gated_attention_with_lse`."""
     dtype = query.dtype
@@ -83,6 +113,8 @@ def _attend(
         logits = op.Add(logits, op.Cast(bias, to=wide))
     if mask is not None:
         logits = op.Where(mask, logits, number(-math.inf))
+    for hidden in _hidden(query, key, is_causal, window, key_lengths):
+        logits = op.Where(hidden, number(-math.inf), logits)
 
     # As in the reference: a row that attends to nothing gets finite logits, and its result afterwards.
     dead = op.Equal(op.ReduceMax(logits, [_LAST], keepdims=1), number(-math.inf))  # [*, H, Q, 1]
@@ -104,4 +136,5 @@ def _gated_attention(*args: Any, **options: Any) -> Any:
 TRANSLATION_TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.torch_gated_attn.gated_attention.default: _gated_attention,
     torch.ops.torch_gated_attn.gated_attention_with_lse.default: _attend,
+    torch.ops.torch_gated_attn.gate_output.default: _gate_output,
 }

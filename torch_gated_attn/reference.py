@@ -24,9 +24,24 @@ def gated_attention(
     *,
     scale: float | None = None,
     masked_rows: str = "zero",
+    is_causal: bool = False,
+    window: int | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch version of :func:`torch_gated_attn.gated_attention`, same arguments."""
-    return gated_attention_with_lse(query, key, value, gate, bias, mask, scale=scale, masked_rows=masked_rows)[0]
+    return gated_attention_with_lse(
+        query,
+        key,
+        value,
+        gate,
+        bias,
+        mask,
+        scale=scale,
+        masked_rows=masked_rows,
+        is_causal=is_causal,
+        window=window,
+        key_lengths=key_lengths,
+    )[0]
 
 
 def gated_attention_with_lse(
@@ -39,6 +54,9 @@ def gated_attention_with_lse(
     *,
     scale: float | None = None,
     masked_rows: str = "zero",
+    is_causal: bool = False,
+    window: int | None = None,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch version of :func:`torch_gated_attn.gated_attention_with_lse`, same arguments."""
     if masked_rows not in ("zero", "mean"):
@@ -55,6 +73,7 @@ def gated_attention_with_lse(
         logits = logits + bias
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
+    logits = logits.masked_fill(~_visible(query.size(-2), k_len, is_causal, window, key_lengths, query.device), -torch.inf)
 
     # A dead row attends to nothing. Its logits are replaced before the softmax, so that no NaN arises that a gradient
     # could carry back, and its probabilities and lse after it.
@@ -69,3 +88,19 @@ def gated_attention_with_lse(
     if gate is not None:
         out = out * torch.sigmoid(gate)
     return out, lse
+
+
+def _visible(
+    queries: int, keys: int, is_causal: bool, window: int | None, key_lengths: Tensor | None, device: torch.device
+) -> Tensor:
+    """Which keys each query sees, bool, broadcastable to [*, H, Q, K]. Query i stands at key position K - Q + i."""
+    key = torch.arange(keys, device=device)
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if is_causal:
+        visible = visible & (key <= position)
+    if window is not None:
+        visible = visible & (key > position - window)
+    if key_lengths is not None:
+        visible = visible & (key < key_lengths[..., None, None, None])
+    return visible

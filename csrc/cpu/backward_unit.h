@@ -17,12 +17,13 @@ class BackwardUnit {
         k_stride_(row_stride<A>(p.head_dim)),
         v_stride_(row_stride<A>(p.value_dim)),
         table_(p, kBlock, max_lanes, c),
+        attended_(p, kBlock, max_lanes, c),
         keys_(p, true, c) {
     const int64_t padded_keys = p.k_len + kKeyGroup<T>;
     d_k_stride_ = padded_keys * k_stride_;
     d_v_stride_ = padded_keys * v_stride_;
     // With a table the rows are the inner loop, so each row keeps its accumulators over the super-blocks.
-    const int64_t slots = table_.shared && queries_ > max_lanes ? rows : 1;
+    const int64_t slots = p.bias.data && queries_ > max_lanes ? rows : 1;
     d_table_ = c.take<A>(p.d_bias.data ? max_lanes / kBlock * table_.stride : 0);
     d_k_ = c.take<A>(p.d_key.data ? slots * d_k_stride_ : 0);
     d_v_ = c.take<A>(p.d_value.data ? slots * d_v_stride_ : 0);
@@ -44,8 +45,8 @@ class BackwardUnit {
   void run(const BackwardUnitOfWork& w) {
     head_ = w.kv_head * (p_.heads / p_.kv_heads);
     const Offsets shared(p_, w.outer * p_.rows);
-    if (!table_.shared) {
-      build_table<T>(table_, p_, shared, head_, lanes_);
+    if (!p_.bias.data) {
+      build_table<T>(table_, p_, shared, head_, lanes_, {});
       for (int64_t r = w.row_begin; r < w.row_end; ++r)
         for (int64_t first = 0; first < queries_; first += max_lanes_) {
           lanes_.fill(first, min(first + max_lanes_, queries_), p_.q_len, kBlock);
@@ -55,7 +56,7 @@ class BackwardUnit {
     }
     for (int64_t first = 0; first < queries_; first += max_lanes_) {
       lanes_.fill(first, min(first + max_lanes_, queries_), p_.q_len, kBlock);
-      build_table<T>(table_, p_, shared, head_, lanes_);
+      build_table<T>(table_, p_, shared, head_, lanes_, visibility(p_).keys_of(lanes_.rows));
       if (p_.d_bias.data) __builtin_memset(d_table_, 0, sizeof(A) * lanes_.padded / kBlock * table_.stride);
       for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);
       if (p_.d_bias.data) store_d_bias(w);
@@ -69,8 +70,12 @@ class BackwardUnit {
     const Offsets batch(p_, w.outer * p_.rows + r);
     const bool first = first_query == 0, last = first_query + max_lanes_ >= queries_;
     const uint8_t* mask = at<const uint8_t>(p_.mask, batch.mask, head_);
-    keys_.list(p_, table_.key_mask ? mask : nullptr, at<const T>(p_.key, batch.key, w.kv_head),
-               at<const T>(p_.value, batch.value, w.kv_head), table_.shared);
+    const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
+    // All keys of the row: its accumulators stay while the super-blocks change, and without a bias so does the list.
+    if (first || p_.bias.data)
+      keys_.list(p_, visible.keys_of(Range<int64_t>{0, p_.q_len}), mask, at<const T>(p_.key, batch.key, w.kv_head),
+                 at<const T>(p_.value, batch.value, w.kv_head));
+    attended_.start(visible, lanes_, keys_.key, keys_.count, mask);
     A* d_k = p_.d_key.data ? d_k_ + slot * d_k_stride_ : nullptr;
     A* d_v = p_.d_value.data ? d_v_ + slot * d_v_stride_ : nullptr;
     A* d_mean = d_mean_ + slot * value_dim_;
@@ -89,7 +94,7 @@ class BackwardUnit {
     if (r + 1 < w.row_end) prefetch_row(prefetch, Offsets(p_, w.outer * p_.rows + r + 1), w.kv_head);
     prefetch_results(prefetch, batch, w.kv_head, last);
     prefetch.spread(keys_.padded, lanes_.padded / kBlock, kKeyGroup<T>);
-    add_tiles(mask, prefetch, d_k, d_v);
+    add_tiles(prefetch, d_k, d_v);
     if (p_.d_query.data) {
       for (int u = 0; u < lanes_.count; u += W)
         store_transposed<T, A>(d_q_ + u / kBlock * kBlock * head_dim_ + u % kBlock, kBlock, head_dim_,
@@ -103,14 +108,16 @@ class BackwardUnit {
                  at<T>(p_.d_value, batch.d_value, w.kv_head), p_.d_value);
   }
 
-  void add_tiles(const uint8_t* mask, Prefetch& prefetch, A* d_k, A* d_v) {
+  void add_tiles(Prefetch& prefetch, A* d_k, A* d_v) {
     const FlushToZero for_exp2;
     for (int key = 0; key < keys_.padded; key += kTileKeys) {
       const int count = keys_.padded - key < kTileKeys ? keys_.padded - key : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
+        const Cover cover = attended_.tile(s, key);
+        if (cover == Cover::kEmpty) continue;
         prefetch.tile();
-        const LogitTile<A> logits =
-            table_.logits(s, keys_.table_row + key, keys_.key + key, mask, lanes_, count, keys_.count - key);
+        LogitTile<A> logits = table_.logits(s, keys_.table_row + key);
+        if (cover == Cover::kMixed) logits = attended_.hide(logits, count);
         add_tile(s, key, count, logits, prefetch, d_k ? d_k + key * k_stride_ : nullptr,
                  d_v ? d_v + key * v_stride_ : nullptr);
       }
@@ -318,6 +325,7 @@ class BackwardUnit {
   int64_t head_ = 0;
   Lanes lanes_;
   Table<A> table_;
+  Attended<A> attended_;
   Keys<T, A> keys_;
   A* d_table_;               // as table_.data
   A *d_k_, *d_v_;            // [slot][k_len, padded][stride]

@@ -14,13 +14,13 @@ class QueryScores {
         score(c.take<A>(p.k_len + kLanes<A>)),
         query_(c.take<A>(p.head_dim + kLanes<A>)) {}
 
-  // Lists the keys `mask` allows and fills `score` with their logits, in log2 units.
-  void fill(const T* query, const T* keys, const uint8_t* mask, int64_t bias_offset) {
+  // Lists the keys of `seen` that `mask` allows and fills `score` with their logits, in log2 units.
+  void fill(const T* query, const T* keys, const Range<int64_t>& seen, const uint8_t* mask, int64_t bias_offset) {
     const A factor = static_cast<A>(p_.scale * kLog2E);
     for (int64_t d = 0; d < p_.head_dim; d += kLanes<A>)
       store(query_ + d, load_n(query + d, dims(p_.head_dim, d)) * set1<A>(factor));
     count = 0;
-    for (int32_t j = 0; j < p_.k_len; ++j) {
+    for (int32_t j = static_cast<int32_t>(seen.begin); j < seen.end; ++j) {
       if (mask && !mask[j * p_.mask.col]) continue;
       key[count] = j;
       score[count++] = dot(query_, keys + j * p_.key.row, p_.head_dim) + bias_logit(bias_offset + j * p_.bias.col);
@@ -91,7 +91,8 @@ static inline void fill_scores(QueryScores<T, A>& scores, const Problem& p, cons
   const T* query = at<const T>(p.query, batch.query, head) + lane.offset(p.query);
   const uint8_t* mask = p.mask.data ? at<const uint8_t>(p.mask, batch.mask, head) + lane.offset(p.mask) : nullptr;
   const int64_t bias_offset = batch.bias + head * p.bias.head + lane.offset(p.bias);
-  scores.fill(query, at<const T>(p.key, batch.key, kv_head), mask, bias_offset);
+  scores.fill(query, at<const T>(p.key, batch.key, kv_head), visibility(p, batch.key_lengths).keys_of(lane.row), mask,
+              bias_offset);
 }
 
 // f(batch) for every row of a unit, whose successor is being fetched meanwhile.

@@ -13,6 +13,7 @@ class ForwardUnit {
         head_dim_(static_cast<int>(p.head_dim)),
         value_dim_(static_cast<int>(p.value_dim)),
         table_(p, kBlock, max_lanes, c),
+        attended_(p, kBlock, max_lanes, c),
         keys_(p, false, c),
         q_(c.take<O>(max_lanes * operands<T>(p.head_dim))),
         o_(c.take<A>(max_lanes * p.value_dim)),
@@ -26,7 +27,7 @@ class ForwardUnit {
     head_ = w.kv_head * (p_.heads / p_.kv_heads);
     lanes_.fill(w.first_query, w.end_query, p_.q_len, kBlock);
     const Offsets shared(p_, w.outer * p_.rows);
-    build_table<T>(table_, p_, shared, head_, lanes_);
+    build_table<T>(table_, p_, shared, head_, lanes_, visibility(p_).keys_of(lanes_.rows));
     Offsets batch(p_, w.outer * p_.rows + w.row_begin);
     for (int64_t r = w.row_begin; r < w.row_end; ++r) {
       const bool last = r + 1 == w.row_end;
@@ -40,8 +41,10 @@ class ForwardUnit {
   void run_row(const ForwardUnitOfWork& w, const Offsets& batch, const Offsets& next, bool last) {
     const T* query = at<const T>(p_.query, batch.query, head_);
     const uint8_t* mask = at<const uint8_t>(p_.mask, batch.mask, head_);
-    keys_.list(p_, table_.key_mask ? mask : nullptr, at<const T>(p_.key, batch.key, w.kv_head),
-               at<const T>(p_.value, batch.value, w.kv_head), table_.shared);
+    const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
+    keys_.list(p_, visible.keys_of(lanes_.rows), mask, at<const T>(p_.key, batch.key, w.kv_head),
+               at<const T>(p_.value, batch.value, w.kv_head));
+    attended_.start(visible, lanes_, keys_.key, keys_.count, mask);
     for (int first = 0; first < lanes_.padded; first += kBlock) {
       O* q = q_ + first * operands<T>(head_dim_);
       if constexpr (kPairs<T>) {
@@ -65,24 +68,28 @@ class ForwardUnit {
     }
     prefetch.lanes(at<const T>(p_.out, batch.out, head_), p_.out, lanes_, p_.value_dim);
     prefetch.spread(keys_.padded, lanes_.padded / kBlock, kKeyGroup<T>);
-    add_tiles(mask, prefetch);
+    add_tiles(prefetch);
     for (int u = 0; u < lanes_.count; u += W) finish(w, batch, u);
   }
 
-  void add_tiles(const uint8_t* mask, Prefetch& prefetch) {
+  void add_tiles(Prefetch& prefetch) {
     const FlushToZero for_exp2;
+    bool started[kMaxLanes / kBlock] = {};
     for (int first = 0; first < keys_.padded; first += kTileKeys) {
       const int count = keys_.padded - first < kTileKeys ? keys_.padded - first : kTileKeys;
       for (int s = 0; s < lanes_.padded / kBlock; ++s) {
+        const Cover cover = attended_.tile(s, first);
+        if (cover == Cover::kEmpty) continue;
         prefetch.tile();
-        const LogitTile<A> logits =
-            table_.logits(s, keys_.table_row + first, keys_.key + first, mask, lanes_, count, keys_.count - first);
+        LogitTile<A> logits = table_.logits(s, keys_.table_row + first);
+        if (cover == Cover::kMixed) logits = attended_.hide(logits, count);
+        const bool start = !std::exchange(started[s], true);
         const ForwardBlock<A, NQ> block = this->block(s);
         if constexpr (kPairs<T>)
           PairForwardBlock<NQ>{q_ + s * kBlock * operands<T>(head_dim_), block, static_cast<A>(p_.scale * kLog2E)}.add_keys(
-              keys_.k + first, keys_.v_outer + first / 2, logits, count, first == 0, prefetch);
+              keys_.k + first, keys_.v_outer + first / 2, logits, count, start, prefetch);
         else
-          block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count, first == 0, prefetch);
+          block.add_keys(keys_.k + first, keys_.v_outer + first, logits, count, start, prefetch);
       }
     }
   }
@@ -153,6 +160,7 @@ class ForwardUnit {
   int64_t head_ = 0;  // first head of the group
   Lanes lanes_;
   Table<A> table_;
+  Attended<A> attended_;
   Keys<T, A> keys_;
   O* q_;             // [sub-block][operands of head_dim][kBlock]
   A* o_;             // [sub-block][value_dim][kBlock]

@@ -11,6 +11,7 @@
 #include "lanes.h"
 #include "prefetch.h"
 #include "table.h"
+#include "attended.h"
 #include "forward_block.h"
 #include "backward_block.h"
 #include "pairs.h"

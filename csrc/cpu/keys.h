@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The keys one batch entry attends to, in order. A mask that is the same for all queries is applied here, once: keys it
-// excludes are never read, so they cost nothing and may hold anything. The list is padded to whole micro-tiles with a row
+// The keys one batch entry attends to, in order: of those that exist and that some query at hand sees, the ones that a mask
+// for all queries leaves. The others are never read, so they cost nothing and may hold anything. The list is padded to whole micro-tiles with a row
 // of zeros whose logit is -inf.
 
 template <class T, class A>
@@ -35,11 +35,13 @@ struct Keys {
     }
   }
 
-  // `mask` points at the first key of this batch entry and head, or is null.
-  void list(const Problem& p, const uint8_t* mask, const T* k_base, const T* v_base, bool has_table) {
-    const int n = count = mask ? indices_of_set(mask, p.mask.col, p.k_len, key) : static_cast<int>(p.k_len);
-    if (!mask)
-      for (int32_t j = 0; j < n; ++j) key[j] = j;
+  // The keys of `seen`, of which a mask for all queries leaves some; it points at the first key of this batch entry and head.
+  void list(const Problem& p, const Range<int64_t>& seen, const uint8_t* mask, const T* k_base, const T* v_base) {
+    const bool by_mask = mask && masks_keys(p), has_table = p.bias.data;
+    const int32_t first = static_cast<int32_t>(seen.begin);
+    const int n = count = by_mask ? indices_of_set(mask + first * p.mask.col, p.mask.col, seen.size(), key)
+                                  : static_cast<int>(seen.size());
+    for (int32_t i = 0; i < n; ++i) key[i] = first + (by_mask ? key[i] : i);
     padded = (n + kKeyGroup<T> - 1) / kKeyGroup<T> * kKeyGroup<T>;
     for (int i = 0; i < n; ++i) table_row[i] = has_table ? key[i] : 0;
     for (int64_t d = 0; d < p.head_dim || d < p.value_dim; ++d) zeros_[d] = 0;

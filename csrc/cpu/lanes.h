@@ -16,11 +16,14 @@ struct Lane {
 struct Lanes {
   int count = 0;   // that exist
   int padded = 0;  // a multiple of the sub-block
+  Range<int64_t> rows;  // the query positions among them, or all where they span heads
   Lane lane[kMaxLanes];
 
   void fill(int64_t first, int64_t end, int64_t q_len, int block) {
     count = static_cast<int>(end - first);
     padded = (count + block - 1) / block * block;
+    const bool one_head = first / q_len == (end - 1) / q_len;
+    rows = one_head ? Range<int64_t>{first % q_len, (end - 1) % q_len + 1} : Range<int64_t>{0, q_len};
     for (int i = 0; i < padded; ++i) {
       const int64_t virtual_query = first + (i < count ? i : count - 1);
       lane[i] = {static_cast<int32_t>(virtual_query / q_len), static_cast<int32_t>(virtual_query % q_len)};
@@ -96,7 +99,7 @@ static inline void store_transposed(const A* src, int stride, int count, Vec<A> 
 // Offsets of one batch entry, per operand.
 struct Offsets {
   int64_t query, key, value, gate, mask, bias, out, lse, row_max, row_sum, grad_out, grad_lse, d_query, d_key, d_value,
-      d_gate, d_bias;
+      d_gate, d_bias, key_lengths;
   Offsets(const Problem& p, int64_t index) {
     int64_t coordinate[kMaxBatchDims];
     for (int d = kMaxBatchDims - 1; d >= 0; --d) {
@@ -113,6 +116,7 @@ struct Offsets {
     row_sum = offset(p.row_sum);
     grad_out = offset(p.grad_out), grad_lse = offset(p.grad_lse), d_query = offset(p.d_query), d_key = offset(p.d_key);
     d_value = offset(p.d_value), d_gate = offset(p.d_gate), d_bias = offset(p.d_bias);
+    key_lengths = offset(p.key_lengths);
   }
 };
 

@@ -33,7 +33,7 @@ struct ForwardSchedule {
 
   ForwardSchedule(const Problem& p, int block, int64_t element_size, int64_t threads) {
     const int64_t queries = p.heads / p.kv_heads * p.q_len;
-    max_lanes = super_block(queries, block, shares_logits(p) ? p.k_len * element_size : 0);
+    max_lanes = super_block(queries, block, p.bias.data ? p.k_len * element_size : 0);
     super_blocks = ceil_div(queries, max_lanes);
     const int64_t units = p.outer * head_units(p) * super_blocks;
     rows_per_group = ceil_div(p.rows, std::min(p.rows, ceil_div(kUnitsPerThread * threads, units)));
@@ -54,7 +54,7 @@ struct BackwardSchedule {
   int64_t row_groups, rows_per_group;
 
   BackwardSchedule(const Problem& p, bool with_bias_gradient, int block, int64_t element_size, int64_t threads) {
-    max_lanes = super_block(p.heads / p.kv_heads * p.q_len, block, shares_logits(p) ? 2 * p.k_len * element_size : 0);
+    max_lanes = super_block(p.heads / p.kv_heads * p.q_len, block, p.bias.data ? 2 * p.k_len * element_size : 0);
     // 32 units keep as many threads busy. Each group of rows costs one more logit table and partial sum of d_bias, which 16
     // rows make cheap.
     constexpr int64_t kUnitsWithPartials = 32, kRowsPerPartial = 16;

@@ -123,6 +123,10 @@ Choice choose_forward(const Problem& problem, int arch) {
                     ", the range of the fused kernels: the composite formula runs, which stores all scores";
     return choice;
   }
+  if (problem.is_causal || problem.key_lengths.data != nullptr) {
+    choice.reason = "the CUDA kernels know no positions yet: the composite formula runs, which stores all scores";
+    return choice;
+  }
   if (!is_half(problem.dtype)) {
     choice.kernel = Kernel::kPlain;
     choice.head_dim = compiled_head_dim(dim);

@@ -13,13 +13,17 @@
 
 namespace torch_gated_attn {
 
-// A tensor without its values: dtype as in torch ("float32"), sizes, strides, and an address that says how it is aligned.
+// A tensor without its values: dtype as in torch ("float32"), sizes, strides, and its address modulo 256, which says how it
+// is aligned.
 using Layout = std::tuple<std::string, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
 
 struct CallLayout {
-  std::array<std::optional<Layout>, 6> tensors;  // query, key, value, gate, bias, mask
+  std::array<std::optional<Layout>, 7> tensors;  // query, key, value, gate, bias, mask, key_lengths
   std::optional<double> scale;
   std::string masked_rows;
+  bool is_causal;
+  std::optional<int64_t> window;
+  bool bias_requires_grad;
   std::array<bool, 5> grad_mask;  // all false: the forward
 };
 

@@ -54,9 +54,11 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set this process uses: the best of the machine, or TORCH_GATED_ATTN_CPU_CAPABILITY.");
   m.def(
       "explain",
-      [](std::array<std::optional<torch_gated_attn::Layout>, 6> tensors, std::optional<double> scale,
-         std::string masked_rows, std::array<bool, 5> grad_mask, std::optional<int> arch) {
-        return torch_gated_attn::explain({std::move(tensors), scale, std::move(masked_rows), grad_mask}, arch);
+      [](std::array<std::optional<torch_gated_attn::Layout>, 7> tensors, std::optional<double> scale,
+         std::string masked_rows, bool is_causal, std::optional<int64_t> window, bool bias_requires_grad,
+         std::array<bool, 5> grad_mask, std::optional<int> arch) {
+        return torch_gated_attn::explain(
+            {std::move(tensors), scale, std::move(masked_rows), is_causal, window, bias_requires_grad, grad_mask}, arch);
       },
       "Kernel, reason and details of a call whose tensors have these layouts; arch None: on the CPU.");
 }

@@ -61,6 +61,7 @@ Call::Call(Bytes& bytes, int64_t largest) {
     fill(grad_lse, numbers);
   }
   draw_gradients(bytes);
+  draw_visibility(bytes, batch);
   p.query = query.view, p.key = key.view, p.value = value.view, p.gate = gate.view, p.bias = bias.view;
   p.mask = mask.view, p.out = out.view, p.lse = lse.view, p.row_max = row_max.view, p.row_sum = row_sum.view;
 }
@@ -93,8 +94,21 @@ void Call::draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch) {
       static_cast<uint8_t*>(mask.view.data)[mask.offset(b, h, r, c)] =
           numbers.next() * 2 + 2 < static_cast<double>(attended);
     });
-    for (int d = outer_dims; d < torch_gated_attn::kMaxBatchDims; ++d) p.mask_varies_by_row |= mask.view.batch[d] != 0;
   }
+}
+
+// Windows and lengths at both ends and beyond them.
+void Call::draw_visibility(Bytes& bytes, Sizes batch) {
+  p.is_causal = bytes.flip();
+  if (p.is_causal && bytes.flip()) p.window = 1 + bytes.below(p.k_len + 1);
+  if (bytes.usually(3)) return;
+  for (int64_t& n : batch.batch)
+    if (bytes.below(4) == 0) n = 1;
+  key_lengths = make(DType::kFloat64, sizeof(int64_t), with(batch, 1, 1, 1), bytes, false);
+  for_each(key_lengths.sizes, [&](const int64_t* b, int64_t, int64_t, int64_t) {
+    static_cast<int64_t*>(key_lengths.view.data)[key_lengths.offset(b, 0, 0, 0)] = bytes.below(p.k_len + 4) - 1;
+  });
+  p.key_lengths = key_lengths.view;
 }
 
 void Call::draw_gradients(Bytes& bytes) {

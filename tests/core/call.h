@@ -161,12 +161,14 @@ void for_each(const Sizes& s, const F& f) {
 struct Call {
   Problem p;
   Tensor query, key, value, gate, bias, mask, out, lse, row_max, row_sum, grad_out, grad_lse;
+  Tensor key_lengths;
   Tensor d_query, d_key, d_value, d_gate, d_bias;
   bool bias_heads_shared = false;
 
   explicit Call(Bytes& bytes, int64_t largest);
   void draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch);
   void draw_gradients(Bytes& bytes);
+  void draw_visibility(Bytes& bytes, Sizes batch);
 };
 
 }  // namespace core_test

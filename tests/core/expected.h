@@ -49,6 +49,15 @@ struct Expected {
   }
 
  private:
+  // Written out here, not asked of visibility.h.
+  static bool sees(const Call& c, const int64_t* b, int64_t i, int64_t j) {
+    const Problem& p = c.p;
+    const int64_t position = p.k_len - p.q_len + i;
+    if (p.is_causal && j > position) return false;
+    if (p.window > 0 && j <= position - p.window) return false;
+    return !c.key_lengths || j < static_cast<const int64_t*>(c.key_lengths.view.data)[c.key_lengths.offset(b, 0, 0, 0)];
+  }
+
   void row(const Call& c, const int64_t* b, int64_t h, int64_t i) {
     const Problem& p = c.p;
     const int64_t kv = h / (p.heads / p.kv_heads);
@@ -62,7 +71,7 @@ struct Expected {
       }
       if (c.bias) s += c.bias(b, h, i, j);
       const bool attended = !c.mask || static_cast<const uint8_t*>(c.mask.view.data)[c.mask.offset(b, h, i, j)] != 0;
-      prob[static_cast<size_t>(j)] = attended ? s : -INFINITY;
+      prob[static_cast<size_t>(j)] = attended && sees(c, b, i, j) ? s : -INFINITY;
       largest = std::max(largest, terms + std::fabs(s));
       highest = std::max(highest, prob[static_cast<size_t>(j)]);
     }
