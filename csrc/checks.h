@@ -132,7 +132,8 @@ void check_forward(const Arguments& a) {
   if (given(a.mask)) {
     check_strided("mask", *a.mask);
     TORCH_CHECK_TYPE(a.mask->scalar_type() == at::kBool, "mask must be bool (True = attend), but is ",
-                     dtype_name(a.mask->scalar_type()), ": pass mask > 0");
+                     dtype_name(a.mask->scalar_type()),
+                     ": pass mask > 0 for a mask of 0 and 1, bias=mask for an additive one (0 and -1e9)");
     check_logits("mask", *a.mask);
   }
   check_masked_rows(a.masked_rows);

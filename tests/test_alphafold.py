@@ -191,13 +191,17 @@ def test_errors(params):
     with pytest.raises(ValueError, match="block must be between 0 and 47, but is 48"):
         MSAColumnAttention.from_alphafold(params, column, 48)
     with pytest.raises(
-        ValueError, match="scope must hold the arrays of a MSAColumnAttention, but also holds feat_2d_norm//scale"
+        ValueError, match=r"scope must hold the arrays of a MSAColumnAttention, but also holds .*, feat_2d_norm//scale"
     ):
         MSAColumnAttention.from_alphafold(params, row, 0)
     with pytest.raises(ValueError, match='scope must end in "starting_node" or "ending_node"'):
         TriangleAttention.from_alphafold(params, column, 0)
+    with pytest.raises(ValueError, match="num_heads must be at least 1, but is 0"):
+        MSAColumnGlobalAttention(16, 0)
     with pytest.raises(ValueError, match="msa_dim must be divisible by num_heads 3, but is 16"):
         MSAColumnGlobalAttention(16, 3)
     wrong = {name: array[..., :-1] if name.endswith("query_norm//scale") else array for name, array in params.items()}
-    with pytest.raises(ValueError, match=r"the array must have shape \[256\], but has \[255\]"):
+    with pytest.raises(
+        ValueError, match=r"query_norm//scale must have shape \[256\] to fit the other arrays, but has shape \[255\]"
+    ):
         MSAColumnAttention.from_alphafold(wrong, column, 0)

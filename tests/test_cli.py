@@ -147,7 +147,7 @@ def test_options_make_the_shape_they_name(bias):
         (["bench", "T1", "--q", "3"], "give the names of workloads or the options of a shape, not both"),
         (["bench", "--batch", "4y"], "--batch must be sizes separated by x, such as 64 or 4x24, but is 4y"),
         (["bench", "--heads", "4", "--kv-heads", "3"], "--kv-heads must divide --heads 4, but is 3"),
-        (["bench", "--dtype", "float8"], "--dtype must be among float32, bfloat16, but is float8"),
+        (["bench", "--dtype", "float8"], "--dtype must be among float32, bfloat16, float16, float64, but is float8"),
         (["bench", "--device", "tpu"], "--device must be cpu or cuda, but is tpu"),
         (["bench", "--repeat", "0"], "--repeat"),
         (["destroy"], "No such command 'destroy'"),

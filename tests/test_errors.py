@@ -14,6 +14,7 @@ import torch_gated_attn
 from torch_gated_attn import _C, GatedAttention, reference
 
 B, H, Q, K, D, DV = 2, 4, 3, 5, 8, 6
+PASS = ": pass mask > 0 for a mask of 0 and 1, bias=mask for an additive one (0 and -1e9)"
 
 
 def arguments(**changes) -> dict[str, object]:
@@ -122,12 +123,17 @@ INVALID = {
     "mask of floats": (
         {"mask": zeros(B, 1, 1, K)},
         TypeError,
-        "mask must be bool (True = attend), but is float32: pass mask > 0",
+        "mask must be bool (True = attend), but is float32" + PASS,
+    ),
+    "additive mask": (
+        {"mask": zeros(B, 1, 1, K, dtype=torch.bfloat16).fill_(-1e9)},
+        TypeError,
+        "mask must be bool (True = attend), but is bfloat16" + PASS,
     ),
     "mask of bytes": (
         {"mask": zeros(B, 1, 1, K, dtype=torch.uint8)},
         TypeError,
-        "mask must be bool (True = attend), but is uint8: pass mask > 0",
+        "mask must be bool (True = attend), but is uint8" + PASS,
     ),
     "gate that does not broadcast": (
         {"gate": zeros(B, H, Q, DV + 1)},
@@ -405,7 +411,7 @@ MODULE_INVALID = {
     "mask of floats": (
         lambda: module()(zeros(3, 8), mask=zeros(3, 3)),
         TypeError,
-        "mask must be bool (True = attend), but is torch.float32: pass mask > 0",
+        "mask must be bool (True = attend), but is float32" + PASS,
     ),
     "mask of rank 1": (
         lambda: module()(zeros(3, 8), mask=zeros(3, dtype=torch.bool)),

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ._arguments import check_call
+
 __all__ = ["Explanation", "explain"]
 
 _DIFFERENTIABLE = ("query", "key", "value", "gate", "bias")
@@ -66,13 +68,14 @@ def explain(
         TypeError, ValueError: what the call itself would raise, a name in `grad` that is no differentiable argument given,
             or a device of another form.
     """
+    check_call(query, key, value, gate, bias, mask, key_lengths, scale)
     tensors = {"query": query, "key": key, "value": value, "gate": gate, "bias": bias, "mask": mask}
     for name in grad:
         if name not in _DIFFERENTIABLE or tensors[name] is None:
             given = ", ".join(n for n in _DIFFERENTIABLE if tensors[n] is not None)
             raise ValueError(f"grad must name arguments that are given and have gradients ({given}), but names {name!r}")
     where = _device(query) if device is None else device
-    if where != "cpu" and not re.fullmatch(r"sm_\d{2,3}", where):
+    if where != "cpu" and not re.fullmatch(r"sm_[1-9]\d{1,2}", where):
         raise ValueError(f'device must be "cpu" or like "sm_90", but is {where!r}')
     from . import _C
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._arguments import check_call, check_tensor
+
 __all__ = ["gate_output", "gated_attention", "gated_attention_with_lse"]
 
 
@@ -42,7 +44,7 @@ def gated_attention(
         bias: broadcastable to [\*, H, Q, K] over any subset of dimensions, in query's dtype or float32. It is read in
             place and its gradient is summed in place; neither is expanded in memory.
         mask: bool, broadcastable to [\*, H, Q, K], True = attend.
-        scale: factor of the products; D ** -0.5 if None.
+        scale: factor of the products, a number; D ** -0.5 if None. One that is learned multiplies `query`.
         masked_rows: result of a query that attends to no key (or only through logits of -inf): "zero", or "mean" for
             sigmoid(gate) times the mean of all values, which is what AlphaFold's additive -1e9 mask computes.
         is_causal: query i attends to key j only if j <= K - Q + i: the last query stands at the last key.
@@ -54,7 +56,7 @@ def gated_attention(
         [B, L, H, D] buffer seen as [B, H, L, D] comes back as one.
 
     Raises:
-        TypeError: a dtype is not one of the above.
+        TypeError: a dtype is not one of the above, a tensor is none, or `scale` is a tensor.
         ValueError: a shape does not fit, `masked_rows` is unknown, or `window` comes without `is_causal`.
         RuntimeError: the arguments are on different devices, or on one that the library was not built for.
 
@@ -69,6 +71,7 @@ def gated_attention(
     PyTorch's, and gradients cannot be differentiated again; ``torch.use_deterministic_algorithms(True)`` keeps to the
     operator. :func:`explain` says which.
     """
+    check_call(query, key, value, gate, bias, mask, key_lengths, scale)
     out: Tensor = torch.ops.torch_gated_attn.gated_attention(
         query,
         key,
@@ -109,6 +112,7 @@ def gated_attention_with_lse(
         out, [\*, H, Q, Dv] in query's dtype, and lse, [\*, H, Q] in float32 (float64 for float64), which is
         differentiable too. Where a row attends to no key, lse is -inf and has no gradient.
     """
+    check_call(query, key, value, gate, bias, mask, key_lengths, scale)
     out, lse = torch.ops.torch_gated_attn.gated_attention_with_lse(
         query,
         key,
@@ -140,5 +144,7 @@ def gate_output(out: Tensor, gate: Tensor) -> Tensor:
         As out, in its memory order. The sigmoid and the products are float32 (float64 for float64), rounded once. Gradients
         have the shape of their input and keep nothing but `out` and `gate`.
     """
+    check_tensor("out", out)
+    check_tensor("gate", gate)
     result: Tensor = torch.ops.torch_gated_attn.gate_output(out, gate)
     return result

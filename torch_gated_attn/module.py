@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GatedAttention"]
+from . import _arrays
+from ._arguments import check_tensor
+from ._linear import Linear, haiku_limit
 
-# Haiku's names for the arrays of one AlphaFold `Attention` module, and their rank.
-_ALPHAFOLD_RANKS = {"query_w": 3, "key_w": 3, "value_w": 3, "output_w": 3, "output_b": 1}
-_ALPHAFOLD_GATING_RANKS = {"gating_w": 3, "gating_b": 2}
+__all__ = ["GatedAttention"]
 
 
 class GatedAttention(nn.Module):
@@ -48,7 +48,9 @@ class GatedAttention(nn.Module):
         - result: [\*, Q, output_dim]
 
     The state dict has `linear_q.weight`, `linear_k.weight`, `linear_v.weight`, `linear_g.weight`, `linear_g.bias`,
-    `linear_o.weight`, `linear_o.bias`, with heads before the size of a head.
+    `linear_o.weight`, `linear_o.bias`, with heads before the size of a head. Each of these layers has its own
+    `reset_parameters`, AlphaFold's start. They may be split over processes by heads (`ColwiseParallel`, `linear_o`
+    `RowwiseParallel`); `bias` and a mask with heads are then the process's part.
     """
 
     def __init__(
@@ -87,38 +89,28 @@ class GatedAttention(nn.Module):
         if masked_rows not in ("zero", "mean"):
             raise ValueError(f'masked_rows must be "zero" or "mean", but is "{masked_rows}"')
 
-        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+        head_dim, value_head_dim = self.key_dim // num_heads, self.value_dim // num_heads
+        key_limit = haiku_limit(self.kv_dim, num_heads, head_dim)
+        value_limit = haiku_limit(self.kv_dim, num_heads, value_head_dim)
+        output_limit = 0.0 if zero_init else haiku_limit(num_heads, value_head_dim, self.output_dim)
 
-        self.linear_q = linear(self.q_dim, self.key_dim, q_bias)
-        self.linear_k = linear(self.kv_dim, self.key_dim, False)
-        self.linear_v = linear(self.kv_dim, self.value_dim, False)
-        self.linear_g = linear(self.q_dim, self.value_dim, gate_bias) if gating else None
-        self.linear_o = linear(self.value_dim, self.output_dim, output_bias)
-        self.reset_parameters()
+        def linear(inputs: int, outputs: int, limit: float, bias: float | None) -> Linear:
+            return Linear(inputs, outputs, limit=limit, bias=bias, device=device, dtype=dtype)
+
+        self.linear_q = linear(
+            self.q_dim, self.key_dim, haiku_limit(self.q_dim, num_heads, head_dim), 0.0 if q_bias else None
+        )
+        self.linear_k = linear(self.kv_dim, self.key_dim, key_limit, None)
+        self.linear_v = linear(self.kv_dim, self.value_dim, value_limit, None)
+        # sigmoid(1) everywhere
+        self.linear_g = linear(self.q_dim, self.value_dim, 0.0, 1.0 if gate_bias else None) if gating else None
+        self.linear_o = linear(self.value_dim, self.output_dim, output_limit, 0.0 if output_bias else None)
 
     def reset_parameters(self) -> None:
         """Initialise as AlphaFold does: the gate starts at sigmoid(1) everywhere, biases else at 0."""
-        heads = self.num_heads
-        for layer, head_dim in (
-            (self.linear_q, self.key_dim // heads),
-            (self.linear_k, self.key_dim // heads),
-            (self.linear_v, self.value_dim // heads),
-        ):
-            _haiku_fan_average_(layer.weight, receptive=layer.in_features, fan_in=heads, fan_out=head_dim)
-        if self.zero_init:
-            nn.init.zeros_(self.linear_o.weight)
-        else:
-            _haiku_fan_average_(
-                self.linear_o.weight, receptive=heads, fan_in=self.value_dim // heads, fan_out=self.output_dim
-            )
-        if self.linear_g is not None:
-            nn.init.zeros_(self.linear_g.weight)
-            if self.linear_g.bias is not None:
-                nn.init.ones_(self.linear_g.bias)
-        for layer in (self.linear_q, self.linear_o):
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        for layer in (self.linear_q, self.linear_k, self.linear_v, self.linear_g, self.linear_o):
+            if layer is not None:
+                layer.reset_parameters()
 
     def forward(
         self,
@@ -127,23 +119,21 @@ class GatedAttention(nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        if m_data is None:
-            if self.kv_dim != self.q_dim:
-                raise ValueError(f"m_data must be given, as kv_dim {self.kv_dim} is not q_dim {self.q_dim}, but is None")
-            m_data = q_data
-        if q_data.dim() < 2 or q_data.size(-1) != self.q_dim:
-            raise ValueError(f"q_data must have shape [*, Q, {self.q_dim}], but has shape {list(q_data.shape)}")
-        if m_data.dim() < 2 or m_data.size(-1) != self.kv_dim:
-            raise ValueError(f"m_data must have shape [*, K, {self.kv_dim}], but has shape {list(m_data.shape)}")
-        if mask is not None:
-            mask = self._mask_with_heads(mask, q_data.dim())
-
-        query = self._split_heads(self.linear_q(q_data))  # [*, H, Q, D]
-        key = self._split_heads(self.linear_k(m_data))  # [*, H, K, D]
-        value = self._split_heads(self.linear_v(m_data))  # [*, H, K, Dv]
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_tensor("q_data", q_data)
+            check_tensor("m_data", m_data, optional=True)
+            check_tensor("mask", mask, optional=True)
+            check_tensor("bias", bias, optional=True)
+        m_data = _checked_data(q_data, m_data, self.q_dim, self.kv_dim)
+        mask = _mask_with_heads(mask, q_data)
+        head_dim, value_head_dim = self.key_dim // self.num_heads, self.value_dim // self.num_heads
+        query = self._split_heads(self.linear_q(q_data), head_dim)  # [*, H, Q, D]
+        key = self._split_heads(self.linear_k(m_data), head_dim)  # [*, H, K, D]
+        value = self._split_heads(self.linear_v(m_data), value_head_dim)  # [*, H, K, Dv]
         gate: Tensor | None = None
         if self.linear_g is not None:
-            gate = self._split_heads(self.linear_g(q_data))  # [*, H, Q, Dv]
+            gate = self._split_heads(self.linear_g(q_data), value_head_dim)  # [*, H, Q, Dv]
+        _check_heads(query, key, bias, mask, self.num_heads)
         out = torch.ops.torch_gated_attn.gated_attention(
             query, key, value, gate, bias, mask, scale=None, masked_rows=self.masked_rows
         )
@@ -151,20 +141,10 @@ class GatedAttention(nn.Module):
         result: Tensor = self.linear_o(out.transpose(-2, -3).flatten(-2))
         return result
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return torch.unflatten(x, -1, [self.num_heads, x.size(-1) // self.num_heads]).transpose(-2, -3)
-
-    def _mask_with_heads(self, mask: Tensor, rank: int) -> Tensor:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool (True = attend), but is {mask.dtype}: pass mask > 0")
-        if mask.dim() == rank:
-            return mask.unsqueeze(-3)
-        if mask.dim() == rank + 1:
-            return mask
-        raise ValueError(
-            f"mask must have q_data's rank {rank}, as [*, Q, K], or one more, as [*, H or 1, Q, K], "
-            f"but has shape {list(mask.shape)}"
-        )
+    def _split_heads(self, x: Tensor, head_dim: int) -> Tensor:
+        # By the size of a head: where the projections are split over processes, x has some of the heads.
+        heads = -1 if head_dim > 0 else self.num_heads
+        return torch.unflatten(x, -1, [heads, head_dim]).transpose(-2, -3)
 
     def extra_repr(self) -> str:
         sizes = f"q_dim={self.q_dim}, num_heads={self.num_heads}"
@@ -188,73 +168,88 @@ class GatedAttention(nn.Module):
 
         Args:
             params: query_w [A, H, D], key_w [M, H, D], value_w [M, H, Dv], output_w [H, Dv, O], output_b [O] and, with
-                gating, gating_w [A, H, Dv] and gating_b [H, Dv]; NumPy arrays, or anything `numpy.asarray` takes, or
-                tensors.
+                gating, gating_w [A, H, Dv] and gating_b [H, Dv]; tensors, NumPy arrays of any byte order (bfloat16 as of
+                ml_dtypes), or anything `numpy.asarray` takes.
             masked_rows: as in the constructor.
             device, dtype: of the parameters; by default the CPU and the dtype of query_w.
+
+        Raises:
+            TypeError: an array is not of float64, float32, bfloat16 or float16.
+            ValueError: an array is missing, unknown or does not fit the others.
         """
         gating = "gating_w" in params or "gating_b" in params
-        ranks = {**_ALPHAFOLD_RANKS, **(_ALPHAFOLD_GATING_RANKS if gating else {})}
-        if set(params) != set(ranks):
-            raise ValueError(f"params must have the keys {', '.join(sorted(ranks))}, but has {', '.join(sorted(params))}")
-        arrays = {name: _as_tensor(array) for name, array in params.items()}
-        for name, rank in ranks.items():
-            if arrays[name].dim() != rank:
-                raise ValueError(f"{name} must have {rank} dimensions, but has shape {list(arrays[name].shape)}")
-
-        q_dim, heads, head_dim = arrays["query_w"].shape
-        kv_dim, _, value_head_dim = arrays["value_w"].shape
-        output_dim = arrays["output_b"].shape[0]
-        expected = {
-            "key_w": [kv_dim, heads, head_dim],
-            "value_w": [kv_dim, heads, value_head_dim],
-            "gating_w": [q_dim, heads, value_head_dim],
-            "gating_b": [heads, value_head_dim],
-            "output_w": [heads, value_head_dim, output_dim],
-        }
-        for name, shape in expected.items():
-            if name in arrays and list(arrays[name].shape) != shape:
-                raise ValueError(
-                    f"{name} must have shape {shape} to fit the other arrays, but has shape {list(arrays[name].shape)}"
-                )
-
+        shapes = {n: shape for n, shape in _arrays.ATTENTION_SHAPES.items() if gating or not n.startswith("gating")}
+        if set(params) != set(shapes):
+            raise ValueError(f"params must have the keys {', '.join(sorted(shapes))}, but has {', '.join(sorted(params))}")
+        arrays = {name: _arrays.as_tensor(name, array) for name, array in params.items()}
+        sizes = _arrays.match(arrays, shapes)
         module = cls(
-            q_dim,
-            heads,
-            kv_dim=kv_dim,
-            key_dim=heads * head_dim,
-            value_dim=heads * value_head_dim,
-            output_dim=output_dim,
+            sizes["A"],
+            sizes["H"],
+            kv_dim=sizes["M"],
+            key_dim=sizes["H"] * sizes["D"],
+            value_dim=sizes["H"] * sizes["V"],
+            output_dim=sizes["O"],
             gating=gating,
             masked_rows=masked_rows,
             device=device,
             dtype=dtype or arrays["query_w"].dtype,
         )
-        state = {
-            "linear_q.weight": arrays["query_w"].flatten(1).T,
-            "linear_k.weight": arrays["key_w"].flatten(1).T,
-            "linear_v.weight": arrays["value_w"].flatten(1).T,
-            "linear_o.weight": arrays["output_w"].flatten(0, 1).T,
-            "linear_o.bias": arrays["output_b"],
-        }
-        if gating:
-            state["linear_g.weight"] = arrays["gating_w"].flatten(1).T
-            state["linear_g.bias"] = arrays["gating_b"].flatten()
-        module.load_state_dict(state)
+        _arrays.load(module, arrays, {parameter: n for parameter, n in _arrays.ATTENTION.items() if n in arrays})
         return module
 
 
-def _haiku_fan_average_(weight: Tensor, *, receptive: int, fan_in: int, fan_out: int) -> None:
-    """Uniform variance scaling by the mean fan. Haiku multiplies both fans by the product of all leading dimensions of
-    the (3-D) weight, its "receptive field", though nothing is a convolution here; the limit is part of AlphaFold."""
-    fans = receptive * (fan_in + fan_out)
-    limit = (6.0 / fans) ** 0.5 if fans > 0 else 0.0
-    nn.init.uniform_(weight, -limit, limit)
+# What looks at shapes or at None stands in functions that torch.fx leaves as calls, so that a graph checks too.
 
 
-def _as_tensor(array: Any) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach()
-    import numpy
+def _checked_data(q_data: Tensor, m_data: Tensor | None, q_dim: int, kv_dim: int) -> Tensor:
+    """`m_data`, or `q_data` in its place."""
+    if m_data is None:
+        if kv_dim != q_dim:
+            raise ValueError(f"m_data must be given, as kv_dim {kv_dim} is not q_dim {q_dim}, but is None")
+        m_data = q_data
+    if q_data.dim() < 2 or q_data.size(-1) != q_dim:
+        raise ValueError(f"q_data must have shape [*, Q, {q_dim}], but has shape {list(q_data.shape)}")
+    if m_data.dim() < 2 or m_data.size(-1) != kv_dim:
+        raise ValueError(f"m_data must have shape [*, K, {kv_dim}], but has shape {list(m_data.shape)}")
+    return m_data
 
-    return torch.from_numpy(numpy.array(array))  # a copy: arrays of JAX are read-only
+
+def _mask_with_heads(mask: Tensor | None, q_data: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    rank = q_data.dim()
+    if mask.dim() == rank:
+        return mask.unsqueeze(-3)
+    if mask.dim() == rank + 1:
+        return mask
+    raise ValueError(
+        f"mask must have q_data's rank {rank}, as [*, Q, K], or one more, as [*, H or 1, Q, K], "
+        f"but has shape {list(mask.shape)}"
+    )
+
+
+def _check_heads(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, num_heads: int) -> None:
+    """What the operator takes for grouped heads, or cannot explain, where projections are split over processes."""
+    heads = query.size(-3)
+    if key.size(-3) != heads:
+        raise ValueError(
+            f"linear_k must be split over processes as linear_q is, which gives {heads} of {num_heads} heads, "
+            f"but gives {key.size(-3)}"
+        )
+    if heads != num_heads:
+        _check_local_heads("bias", bias, heads, num_heads)
+        _check_local_heads("mask", mask, heads, num_heads)
+
+
+def _check_local_heads(name: str, terms: Tensor | None, heads: int, num_heads: int) -> None:
+    if terms is not None and terms.dim() > 2 and terms.size(-3) != 1 and terms.size(-3) != heads:
+        raise ValueError(
+            f"{name} must have the {heads} heads of {num_heads} that this process's projections give, or 1, "
+            f"but has {terms.size(-3)}"
+        )
+
+
+torch.fx.wrap("_checked_data")
+torch.fx.wrap("_mask_with_heads")
+torch.fx.wrap("_check_heads")

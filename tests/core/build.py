@@ -31,7 +31,10 @@ def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc:
     # In this order: of an inline function in several objects the linker takes the first, which any machine must run.
     sources = [HERE / "driver.cpp", HERE / "call.cpp", *(csrc / "cpu" / f"{name}.cpp" for name in sets)]
     digest = hashlib.sha256(" ".join([compiler, *flags, *sets]).encode())
-    for path in [*sources, *sorted([*(csrc / "cpu").glob("*.h"), csrc / "problem.h", csrc / "visibility.h", *HERE.glob("*.h")])]:
+    for path in [
+        *sources,
+        *sorted([*(csrc / "cpu").glob("*.h"), csrc / "problem.h", csrc / "visibility.h", *HERE.glob("*.h")]),
+    ]:
         digest.update(path.read_bytes())
     out = Path(tempfile.gettempdir()) / f"torch_gated_attn_core_{os.getuid()}" / digest.hexdigest()[:16]
     program = out / "driver"

@@ -18,7 +18,12 @@ WORKLOADS = Path(__file__).with_name("workloads.json")
 MASKED_SHARE = 0.1  # of the keys of every row, at random, as padding and unresolved residues do
 FULLY_MASKED = 3  # batch rows without any key, in the workloads that have such rows
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass

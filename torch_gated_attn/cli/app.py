@@ -27,6 +27,11 @@ def selftest(
     as_json: Annotated[bool, typer.Option("--json", help="With --device: print rows of JSON.")] = False,
 ) -> None:
     """Compare this build with float64 on every instruction set and device here. Exit code 1: it is wrong."""
+    known = ["cpu", *_selftest.devices()]
+    if device is not None and device not in known:
+        raise typer.BadParameter(f"--device must be among {', '.join(known)} on this machine, but is {device!r}")
+    if as_json and device is None:
+        raise typer.BadParameter("--json needs --device")
     raise typer.Exit(_selftest.run(device, as_json))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -43,20 +44,26 @@ def bench(
 ) -> None:
     """Time and memory of your shape, or of named workloads, against what PyTorch offers on this machine."""
     console = Console(highlight=False)
-    if show_list:
-        console.print(workload_table(load()))
-        return
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"--device must be cpu or cuda, but is {device}")
     if device == "cuda" and (missing := machine.why_no_gpu()):
         raise typer.BadParameter(f"--device cuda needs {missing}")
+    if not path_limit > 0:  # nan too
+        raise typer.BadParameter(f"--path-limit must be a positive number of seconds, but is {path_limit}")
+    # What cannot be written is said before anything is measured.
+    _check_file("--json", json_file)
+    _check_file("--png", png_file)
     if png_file is not None:
-        plot = _plot()  # says what to install before anything is measured
+        plot = _plot()
+        plot.check_format(png_file)
     cases = [
         (workload, name)
         for workload in shape.workloads(names, batch, heads, kv_heads, q, k, head_dim, bias, gate, device)
         for name in shape.dtypes(dtype)
     ]
+    if show_list:
+        console.print(workload_table(load()))
+        return
     facts = machine.describe(device)
     processor = facts["cpu"] if device == "cpu" else facts["gpu"]["name"]
     threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
@@ -76,6 +83,13 @@ def bench(
         plot.write(png_file, about, results)
     for file in filter(None, (json_file, png_file)):
         console.print(f"wrote {file}")
+
+
+def _check_file(option: str, file: Path | None) -> None:
+    if file is None:
+        return
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise typer.BadParameter(f"{option} must be a file that can be written, but is {str(file)!r}")
 
 
 def _plot() -> ModuleType:
@@ -105,7 +119,11 @@ def _measure(
         return lambda name: step(f"{direction}: {PATHS[name]}")
 
     comparisons = []
-    inputs = make_inputs(workload, DTYPES[dtype], device=device)
+    try:
+        inputs = make_inputs(workload, DTYPES[dtype], device=device)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{workload.name} in {dtype} must fit into the memory of {device}, but: {said}") from error
     for direction in DIRECTIONS:
         comparisons.append(
             compare(

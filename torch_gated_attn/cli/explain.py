@@ -32,7 +32,7 @@ def explain(
 ) -> None:
     """Which kernel a shape takes, forward and backward, and why. Computes nothing."""
     console = Console(highlight=False)
-    device = device or default_device()
+    device = default_device() if device is None else device
     for workload in shape.workloads(names, batch, heads, kv_heads, q, k, head_dim, bias, gate, device):
         for name in shape.dtypes(dtype):
             console.print(f"[bold]{workload.name}[/] {name}, {workload.describe()}")
@@ -40,7 +40,10 @@ def explain(
             differentiable = [given for given in ("query", "key", "value", "gate", "bias") if tensors[given] is not None]
             table = Table.grid(padding=(0, 2))  # so that a long reason wraps beside its direction
             for direction, grad in (("forward", []), ("backward", differentiable)):
-                found = torch_gated_attn.explain(**tensors, grad=grad, device=device)
+                try:
+                    found = torch_gated_attn.explain(**tensors, grad=grad, device=device)
+                except ValueError as error:  # a device of another form, or sizes that the operator does not take
+                    raise typer.BadParameter(str(error).splitlines()[0]) from error
                 facts = "".join(f"\n{fact}: {value}" for fact, value in found.details.items())
                 reason = f"{found.device}: [cyan]{found.kernel}[/], {escape(found.reason + facts)}"
                 table.add_row("", direction, reason)

@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import typer
 
 matplotlib.use("Agg")  # before pyplot: no display needed
 import matplotlib.pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 
 from .result import PATHS, Result
 
 OTHER = "#b8bfc6"
 COLORS = {"operator": "#0b6e99", "sdpa": "#8c959d", "compile": "#e08e45"}
+
+
+def check_format(file: Path) -> None:
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in known:
+        raise typer.BadParameter(f"--png must end in one of {', '.join(known)}, but is {str(file)!r}")
 
 
 def write(file: Path, about: str, results: list[Result]) -> None:

@@ -141,7 +141,7 @@ def devices() -> list[str]:
 
 def run(device: str | None, as_json: bool) -> int:
     """Print the table and return the exit code: 1 if a row is wrong. `device` is looked at in this process; None is all."""
-    if device:
+    if device is not None:
         rows = check_device(device)
         print(json.dumps([dataclasses.asdict(row) for row in rows]) if as_json else "\n".join(map(str, rows)))
     else:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Annotated
 
 import typer
 
 from .._bench.workloads import DTYPES, Workload, load
+
+LARGEST = 2**59  # elements of a tensor: their bytes are a 64-bit number, in any dtype
 
 
 class Bias(str, Enum):
@@ -29,7 +32,9 @@ Keys = Annotated[int | None, typer.Option("--k", min=1, help="Keys.", show_defau
 HeadDim = Annotated[int | None, typer.Option(min=1, help="Size of a head.", show_default="32")]
 BiasOption = Annotated[Bias | None, typer.Option(help="Pair bias, with a gradient.", show_default="shared")]
 Gate = Annotated[bool | None, typer.Option("--gate/--no-gate", help="A sigmoid gate.", show_default="gate")]
-Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="May be repeated.", show_default="float32")]
+Dtypes = Annotated[
+    list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; may be repeated.", show_default="float32")
+]
 
 
 def workloads(
@@ -56,10 +61,13 @@ def workloads(
         if unknown := [name for name in names if name not in known]:
             raise typer.BadParameter(f"workloads must be among {', '.join(known)}, but are {', '.join(unknown)}")
         return [known[name] for name in names]
-    heads, queries = heads or 4, queries or 256
-    sizes, key_heads, keys = _batch(batch or "16"), kv_heads or heads, keys or queries
+    heads, queries, head_dim = heads or 4, queries or 256, head_dim or 32
+    sizes, key_heads, keys = _batch("16" if batch is None else batch), kv_heads or heads, keys or queries
     if heads % key_heads:
         raise typer.BadParameter(f"--kv-heads must divide --heads {heads}, but is {key_heads}")
+    largest = math.prod(sizes) * heads * max(queries, keys) * max(queries, keys, head_dim)
+    if largest > LARGEST:
+        raise typer.BadParameter(f"the shape must have at most {LARGEST} scores, but has {largest}")
     scores = [heads, queries, keys]
     biases = {Bias.shared: [1] * len(sizes) + scores, Bias.full: sizes + scores, Bias.none: None}
     return [
@@ -71,7 +79,7 @@ def workloads(
             kv_heads=key_heads,
             q_len=queries,
             k_len=keys,
-            head_dim=head_dim or 32,
+            head_dim=head_dim,
             bias_shape=biases[bias or Bias.shared],
             mask_shape=[*sizes, 1, 1, keys],
             gated=gate is not False,
@@ -90,6 +98,6 @@ def dtypes(names: list[str] | None) -> list[str]:
 
 def _batch(text: str) -> list[int]:
     parts = text.split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"--batch must be sizes separated by x, such as 64 or 4x24, but is {text}")
     return [int(part) for part in parts]
