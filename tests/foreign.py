@@ -83,7 +83,7 @@ class Protenix:
 class PairBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.initial_norm = HEADS, HEAD_DIM, True
+        self.num_heads, self.head_dim, self.initial_norm, self.inf = HEADS, HEAD_DIM, True, 1e6
         self.norm_s = nn.LayerNorm(HIDDEN)
         self.proj_q = nn.Linear(HIDDEN, HIDDEN)
         self.proj_k, self.proj_v, self.proj_g, self.proj_o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
@@ -91,7 +91,7 @@ class PairBias(nn.Module):
 
     def attend(self, s, k_in, bias, mask, multiplicity):
         q, k, v = (heads_first(x) for x in (self.proj_q(s), self.proj_k(k_in), self.proj_v(k_in)))
-        hidden = (1 - mask[:, None, None].float()) * -1e6
+        hidden = (1 - mask[:, None, None].float()) * -self.inf
         out = softmax_attention(q.to(bias.dtype), k.to(bias.dtype), v, [bias.repeat_interleave(multiplicity, 0), hidden])
         return self.proj_o(heads_last(out) * self.proj_g(s).sigmoid())
 

@@ -132,7 +132,7 @@ def test_attention_function_of_transformers(case):
 
 def test_what_the_attention_function_of_transformers_refuses():
     x = torch.ones(1, 1, 2, 8)
-    for name, value in {"dropout": 0.1, "softcap": 30.0, "position_bias": x, "s_aux": x}.items():
+    for name, value in {"dropout": 0.1, "softcap": 30.0, "s_aux": x}.items():
         with pytest.raises(ValueError, match=rf"^{name} must be "):
             functions._transformers_attention(SimpleNamespace(), x, x, x, None, **{name: value})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 __all__ = ["Adapter", "owner_of_forward"]
 
@@ -66,6 +67,8 @@ class Adapter:
                 return f"a subclass overrides {helper}"
         if "forward" in module.__dict__:
             return "its forward was replaced on the instance"
+        if parametrize.is_parametrized(module):
+            return "it is parametrized, which could not be removed under another class; patch before that"
         for name, child in module.named_children():
             if not any(True for _ in child.parameters()) and _has_hooks(child):
                 return f"{name} has hooks, which would not run"
