@@ -40,7 +40,7 @@ class Called(nn.Module):
 
 @dataclass
 class Subject:
-    """make() gives original and replaced; tensors(kind) their arguments, the last of which is the mask or bias in question."""
+    """make() gives original and replaced, tensors(kind) their arguments; the last is the mask or bias in question."""
 
     make: Callable[[], tuple[nn.Module, nn.Module]]
     tensors: Callable[[str], Sequence[Tensor]]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every shim and every adapter in every way that PyTorch can call it, with a mask, with a constant bias that is no mask, and
-with a bias that requires grad: the original's results and gradients to rounding, or an error that names the mask bias.
+"""Every shim and every adapter in every way that PyTorch can call it, with a mask, with a constant bias that is no mask,
+and with a bias that requires grad: the original's results and gradients to rounding, or an error that names the mask bias.
 
 A graph is also given the numbers of another kind than it was made with. `pytest -s` prints the matrix.
 """

@@ -68,7 +68,7 @@ def compare(name: str, case: Case, dtype: torch.dtype) -> None:
     original = copy.deepcopy(exact).to(dtype)
     replaced = copy.deepcopy(original)
     report = patch(replaced)
-    assert len(report.replaced) == 1, report
+    assert any(m.path == "" for m in report.replaced), report  # and what is inside it
     state = {name: p.clone() for name, p in original.state_dict().items()}
     # Some modules call .float() on what they attend with; the yardstick stays in float64.
     with mock.patch.object(torch.Tensor, "float", lambda x: x):

@@ -30,9 +30,10 @@ _given_back: dict[type[nn.Module], type[nn.Module]] = {}  # wrapper above replac
 
 def adapters() -> tuple[Adapter, ...]:
     """Every known attention class."""
-    from . import boltz, esmfold, openfold, protenix, qwen
+    from . import alphafold3_pytorch, boltz, esmfold, foundry, openfold, protenix, qwen
 
-    return (*openfold.ADAPTERS, *esmfold.ADAPTERS, *boltz.ADAPTERS, *protenix.ADAPTERS, *qwen.ADAPTERS)
+    families = (openfold, esmfold, boltz, protenix, qwen, foundry, alphafold3_pytorch)
+    return tuple(adapter for family in families for adapter in family.ADAPTERS)
 
 
 def patch(model: nn.Module, *, dry_run: bool = False) -> Report:
