@@ -65,7 +65,7 @@ def of_module(adapter: str, make: Callable[[], nn.Module], call: Callable[..., A
     def pair() -> tuple[nn.Module, nn.Module]:
         original = make().double()
         replaced = copy.deepcopy(original)
-        assert [m.note for m in patch(replaced).replaced] == [adapter]
+        assert patch(replaced).replaced[0].note == adapter
         return Called(call, original), Called(call, replaced)
 
     return Subject(pair, tensors, adapter=adapter)
@@ -96,6 +96,22 @@ def esm(module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Any:
 
 def decoder_tensors(kind: str) -> tuple[Tensor, ...]:
     return normal(2, LENGTH, foreign.DIM), *foreign.rotation(LENGTH, 16), additive(kind, 2, 1, 1, LENGTH)
+
+
+def alphafold3_tensors(kind: str) -> tuple[Tensor, ...]:
+    x, mask, bias = normal(2, LENGTH, foreign.DIM), padding(2, LENGTH).bool(), normal(2, HEADS, LENGTH, LENGTH)
+    return (x, bias, mask) if kind == "mask" else (x, mask, bias)
+
+
+def alphafold3(module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Any:
+    mask, bias = (a, b) if a.dtype == torch.bool else (b, a)
+    return module(x, mask, attn_bias=bias)
+
+
+def square_tensors(kind: str) -> tuple[Tensor, ...]:
+    """A pair representation, whose bias is made inside, and a mask where there is one."""
+    pair = normal(2, LENGTH, LENGTH, foreign.DIM)
+    return (pair, padding(2, LENGTH).bool()) if kind == "mask" else (pair,)
 
 
 def rows(kind: str, *shape: int) -> tuple[Tensor, ...]:
@@ -212,6 +228,33 @@ SUBJECTS = {
         lambda: foreign.Protenix.Attention(biases=False),
         lambda m, x, bias: m(x, x, bias),
         lambda kind: (normal(2, LENGTH, foreign.DIM), additive(kind, 2, 1, 1, LENGTH)),
+    ),
+    "Foundry triangle": of_module(
+        "Foundry TriangleAttention",
+        lambda: foreign.Foundry.TriangleAttention(start_node=False),
+        lambda m, pair: m(pair),
+        lambda kind: square_tensors("bias"),
+    ),
+    "Foundry pairformer": of_module(
+        "Foundry pairformer attention",
+        foreign.Foundry.AttentionPairBiasPairformerDeepspeed,
+        lambda m, a, z, beta: m(a, None, z, beta),
+        lambda kind: (*(foreign.tokens(False)[0][i] for i in (0, 2)), additive(kind, LENGTH, LENGTH)),
+    ),
+    "Foundry diffusion": of_module(
+        "Foundry diffusion attention",
+        foreign.Foundry.AttentionPairBiasDiffusion,
+        lambda m, a, s, z: m(a, s, z, None),
+        lambda kind: foreign.tokens(True)[0][:3],
+    ),
+    "alphafold3-pytorch": of_module(
+        "alphafold3-pytorch Attention", foreign.AlphaFold3Pytorch.Attention, alphafold3, alphafold3_tensors
+    ),
+    "alphafold3-pytorch triangle": of_module(
+        "alphafold3-pytorch TriangleAttention",
+        foreign.AlphaFold3Pytorch.TriangleAttention,
+        lambda m, pair, mask=None: m(pair, mask),
+        square_tensors,
     ),
     "Qwen3NextAttention": of_module(
         "Qwen gated attention",

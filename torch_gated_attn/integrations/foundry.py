@@ -22,8 +22,8 @@ __all__ = ["ADAPTERS"]
 
 
 def _checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), recomputed in the backward as Foundry's `activation_checkpointing` does."""
-    if not torch.is_grad_enabled():
+    """function(*args), recomputed in the backward as by Foundry's `activation_checkpointing`, except in torch.func."""
+    if not torch.is_grad_enabled() or torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
         return function(*args)
     result: Tensor = checkpoint(function, *args, use_reentrant=False)
     return result
