@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import foreign
+import foreign_alphafold3
 import torch
 from foreign import HEADS, LENGTH, ROWS, normal, padding, softmax_attention
 from torch import Tensor, nn
@@ -231,28 +232,28 @@ SUBJECTS = {
     ),
     "Foundry triangle": of_module(
         "Foundry TriangleAttention",
-        lambda: foreign.Foundry.TriangleAttention(start_node=False),
+        lambda: foreign_alphafold3.Foundry.TriangleAttention(start_node=False),
         lambda m, pair: m(pair),
         lambda kind: square_tensors("bias"),
     ),
     "Foundry pairformer": of_module(
         "Foundry pairformer attention",
-        foreign.Foundry.AttentionPairBiasPairformerDeepspeed,
+        foreign_alphafold3.Foundry.AttentionPairBiasPairformerDeepspeed,
         lambda m, a, z, beta: m(a, None, z, beta),
-        lambda kind: (*(foreign.tokens(False)[0][i] for i in (0, 2)), additive(kind, LENGTH, LENGTH)),
+        lambda kind: (*(foreign_alphafold3.tokens(False)[0][i] for i in (0, 2)), additive(kind, LENGTH, LENGTH)),
     ),
     "Foundry diffusion": of_module(
         "Foundry diffusion attention",
-        foreign.Foundry.AttentionPairBiasDiffusion,
+        foreign_alphafold3.Foundry.AttentionPairBiasDiffusion,
         lambda m, a, s, z: m(a, s, z, None),
-        lambda kind: foreign.tokens(True)[0][:3],
+        lambda kind: foreign_alphafold3.tokens(True)[0][:3],
     ),
     "alphafold3-pytorch": of_module(
-        "alphafold3-pytorch Attention", foreign.AlphaFold3Pytorch.Attention, alphafold3, alphafold3_tensors
+        "alphafold3-pytorch Attention", foreign_alphafold3.AlphaFold3Pytorch.Attention, alphafold3, alphafold3_tensors
     ),
     "alphafold3-pytorch triangle": of_module(
         "alphafold3-pytorch TriangleAttention",
-        foreign.AlphaFold3Pytorch.TriangleAttention,
+        foreign_alphafold3.AlphaFold3Pytorch.TriangleAttention,
         lambda m, pair, mask=None: m(pair, mask),
         square_tensors,
     ),
