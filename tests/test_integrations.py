@@ -2,8 +2,8 @@
 """A replaced module computes what the original computes: result, every parameter's and every input's gradient.
 
 The yardstick is the original in float64. The replaced module's largest error may be twice, of a gradient three times, the
-error that the original makes in the same dtype, as in tolerance.py, plus a few roundings of the result. `pytest -s` prints the
-ratios and the releases of the packages.
+error that the original makes in the same dtype, as in tolerance.py, plus a few roundings of the result. `pytest -s` prints
+the ratios and the releases of the packages.
 """
 
 from __future__ import annotations
