@@ -138,16 +138,37 @@ def test_a_forward_that_a_wrapper_keeps():
     assert torch.equal(attention(x, x, biases), expected)
 
 
-def test_what_cannot_be_given_back_is_refused_whole():
-    model = Model()
-    patch(model)
-    before = type(model.blocks[1])
-
-    class Stubborn(before):
+def method(base):
+    class Stubborn(base):
         def extra_repr(self):
             return super().extra_repr()
 
-    model.blocks[1].__class__ = Stubborn
+    return Stubborn
+
+
+def named(base):
+    class Stubborn(base):
+        def extra_repr(self):
+            return super(Stubborn, self).extra_repr()  # noqa: UP008
+
+    return Stubborn
+
+
+def computed(base):
+    class Stubborn(base):
+        @property
+        def extra_repr(self):
+            return super().extra_repr
+
+    return Stubborn
+
+
+@pytest.mark.parametrize("make", [method, named, computed])
+def test_what_cannot_be_given_back_is_refused_whole(make):
+    model = Model()
+    patch(model)
+    before = type(model.blocks[1])
+    model.blocks[1].__class__ = make(before)
     message = r"Stubborn was put before a replaced class, and cannot be put before the original, because its extra_repr"
     with pytest.raises(RuntimeError, match=message):
         unpatch(model)

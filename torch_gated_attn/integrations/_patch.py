@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -117,8 +116,7 @@ def _original_of(cls: type[nn.Module]) -> type[nn.Module]:
         return cls
     if cls not in _given_back:
         for name, member in vars(cls).items():
-            code = getattr(getattr(member, "__func__", member), "__code__", None)
-            if isinstance(code, types.CodeType) and "__class__" in code.co_freevars:
+            if _calls_super(member):
                 raise RuntimeError(
                     f"{cls.__module__}.{cls.__qualname__} was put before a replaced class, and cannot be put before the "
                     f"original, because its {name} calls super(): undo that wrapper before unpatch"
@@ -128,6 +126,13 @@ def _original_of(cls: type[nn.Module]) -> type[nn.Module]:
         metaclass: Any = type(cls)
         _given_back[cls] = metaclass(cls.__name__, bases, members)
     return _given_back[cls]
+
+
+def _calls_super(member: Any) -> bool:
+    """Whether a member of a class is tied to that class: another class with the same member would not work."""
+    functions = (member.fget, member.fset, member.fdel) if isinstance(member, property) else (member,)
+    codes = [getattr(getattr(f, "__func__", f), "__code__", None) for f in functions]
+    return any(code is not None and ("super" in code.co_names or "__class__" in code.co_freevars) for code in codes)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
