@@ -1,20 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Attention modules with the interfaces that `integrations.patch` knows, written for the tests from their formulas, and the
-packages' own modules where they are installed.
-
-A case makes a module and a call of it: `make()` and `arguments()`, in float64 and at random. Every row attends to a key.
+"""Attention modules with the interfaces that `integrations.patch` knows, written for the tests from their formulas, and
+calls of them, in float64 and at random. Every row attends to a key; cases.py lists them.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +76,7 @@ class Protenix:
 class PairBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.initial_norm = HEADS, HEAD_DIM, True
+        self.num_heads, self.head_dim, self.initial_norm, self.inf = HEADS, HEAD_DIM, True, 1e6
         self.norm_s = nn.LayerNorm(HIDDEN)
         self.proj_q = nn.Linear(HIDDEN, HIDDEN)
         self.proj_k, self.proj_v, self.proj_g, self.proj_o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
@@ -91,7 +84,7 @@ class PairBias(nn.Module):
 
     def attend(self, s, k_in, bias, mask, multiplicity):
         q, k, v = (heads_first(x) for x in (self.proj_q(s), self.proj_k(k_in), self.proj_v(k_in)))
-        hidden = (1 - mask[:, None, None].float()) * -1e6
+        hidden = (1 - mask[:, None, None].float()) * -self.inf
         out = softmax_attention(q.to(bias.dtype), k.to(bias.dtype), v, [bias.repeat_interleave(multiplicity, 0), hidden])
         return self.proj_o(heads_last(out) * self.proj_g(s).sigmoid())
 
@@ -168,12 +161,6 @@ class Qwen3NextAttention(nn.Module):
         return self.o_proj(heads_last(out)), "maps"
 
 
-@dataclass
-class Case:
-    make: Callable[[], nn.Module]
-    arguments: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
 def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
@@ -218,82 +205,3 @@ def decoder(mask: str | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if mask == "additive":
         given = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min).double()
     return (normal(2, LENGTH, DIM), rotation(LENGTH, 16)), {"attention_mask": given}
-
-
-def installed(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
-    """Makes an instance of a package's own class; the test is skipped where the package is missing."""
-
-    def make() -> nn.Module:
-        os.environ.setdefault("LAYERNORM_TYPE", "torch")  # Protenix compiles a CUDA extension otherwise
-        try:
-            found = importlib.import_module(module)
-        except ImportError as error:
-            pytest.skip(f"{module}: {error}")
-        return getattr(found, name)(*args, **kwargs).double()
-
-    return make
-
-
-def qwen(package: str, name: str, config_name: str, implementation: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        models = pytest.importorskip("transformers.models")
-        model = importlib.import_module(f"{models.__name__}.{package}.modeling_{package}")
-        config = getattr(importlib.import_module(f"{models.__name__}.{package}.configuration_{package}"), config_name)(
-            hidden_size=DIM, num_attention_heads=4, num_key_value_heads=2, head_dim=16
-        )
-        config._attn_implementation = implementation
-        return getattr(model, name)(config, layer_idx=0).double()
-
-    return make
-
-
-_SAME = (DIM, DIM, DIM, HEAD_DIM, HEADS)
-
-WRITTEN = {
-    "OpenFold": Case(OpenFold.Attention, lambda: folding("openfold")),
-    "OpenFold without gate": Case(lambda: OpenFold.Attention(gating=False), lambda: folding("openfold")),
-    "Boltz triangular": Case(lambda: Boltz.Attention(biases=False), lambda: folding("boltz")),
-    "Boltz-1 pair bias": Case(Boltz1.AttentionPairBias, lambda: diffusion(1)),
-    "Boltz-2 pair bias": Case(Boltz2.AttentionPairBias, lambda: diffusion(2)),
-    "Protenix": Case(lambda: Protenix.Attention(biases=False), protenix_call),
-    "EsmFoldAttention": Case(EsmFoldAttention, lambda: folding("esmfold")),
-    "EsmFoldSelfAttention": Case(EsmFoldSelfAttention, esm_self),
-    "Qwen3NextAttention": Case(Qwen3NextAttention, lambda: decoder(None)),
-    "Qwen3NextAttention, mask": Case(Qwen3NextAttention, lambda: decoder("boolean")),
-    "Qwen3NextAttention, eager": Case(lambda: Qwen3NextAttention("eager"), lambda: decoder("additive")),
-}
-
-_ESM = "transformers.models.esm.modeling_esmfold"
-_QWEN3_NEXT = ("qwen3_next", "Qwen3NextAttention", "Qwen3NextConfig")
-
-INSTALLED = {
-    "openfold3 Attention": Case(
-        installed("openfold3.core.model.primitives.attention", "Attention", *_SAME), lambda: folding("openfold")
-    ),
-    "boltz Attention": Case(
-        installed("boltz.model.layers.triangular_attention.primitives", "Attention", *_SAME), lambda: folding("boltz")
-    ),
-    "boltz AttentionPairBias (1)": Case(
-        installed("boltz.model.layers.attention", "AttentionPairBias", HIDDEN, DIM, HEADS), lambda: diffusion(1)
-    ),
-    "boltz AttentionPairBias (2)": Case(
-        installed("boltz.model.layers.attentionv2", "AttentionPairBias", HIDDEN, DIM, HEADS), lambda: diffusion(2)
-    ),
-    "protenix Attention": Case(
-        installed("protenix.model.modules.primitives", "Attention", *_SAME, use_efficient_implementation=False),
-        protenix_call,
-    ),
-    "protenix triangular Attention": Case(
-        installed("protenix.model.triangular.layers", "Attention", *_SAME), lambda: folding("openfold")
-    ),
-    "transformers EsmFoldAttention": Case(installed(_ESM, "EsmFoldAttention", *_SAME), lambda: folding("esmfold")),
-    "transformers EsmFoldSelfAttention": Case(
-        installed(_ESM, "EsmFoldSelfAttention", HIDDEN, HEADS, HEAD_DIM, gated=True), esm_self
-    ),
-    "transformers Qwen3NextAttention": Case(qwen(*_QWEN3_NEXT, "sdpa"), lambda: decoder(None)),
-    "transformers Qwen3NextAttention, mask": Case(qwen(*_QWEN3_NEXT, "sdpa"), lambda: decoder("boolean")),
-    "transformers Qwen3NextAttention, eager": Case(qwen(*_QWEN3_NEXT, "eager"), lambda: decoder("additive")),
-    "transformers Qwen3_5Attention": Case(
-        qwen("qwen3_5", "Qwen3_5Attention", "Qwen3_5TextConfig", "sdpa"), lambda: decoder("boolean")
-    ),
-}

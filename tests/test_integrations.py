@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A replaced module computes what the original computes: result, every parameter's and every input's gradient.
 
-The yardstick is the original in float64. The replaced module's largest error may be a small multiple of the error that the
-original makes in the same dtype, plus a few roundings of the result. The test prints the ratios (pytest -s).
+The yardstick is the original in float64. The replaced module's largest error may be twice, of a gradient three times, the
+error that the original makes in the same dtype, as in tolerance.py, plus a few roundings of the result. `pytest -s` prints
+the ratios and the releases of the packages.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from unittest import mock
 
 import pytest
 import torch
-from foreign import INSTALLED, WRITTEN, Case
+from cases import INSTALLED, WRITTEN, Case, release
 from torch import Tensor, nn
 
 from torch_gated_attn.integrations import patch
 
-FACTOR = 2.0
 ROUNDINGS = 4  # of the largest value: the original's few elements may all be right by luck
 
 
@@ -68,7 +68,7 @@ def compare(name: str, case: Case, dtype: torch.dtype) -> None:
     original = copy.deepcopy(exact).to(dtype)
     replaced = copy.deepcopy(original)
     report = patch(replaced)
-    assert len(report.replaced) == 1, report
+    assert any(m.path == "" for m in report.replaced), report  # and what is inside it
     state = {name: p.clone() for name, p in original.state_dict().items()}
     # Some modules call .float() on what they attend with; the yardstick stays in float64.
     with mock.patch.object(torch.Tensor, "float", lambda x: x):
@@ -84,7 +84,8 @@ def compare(name: str, case: Case, dtype: torch.dtype) -> None:
         size = true.abs().max().item()
         # The same constant added to every logit changes nothing: such a gradient is 0, and what is found is rounding.
         unit = torch.finfo(dtype).eps * (size if size > 1e-9 * largest else largest)
-        assert error <= FACTOR * allowed + ROUNDINGS * unit, f"{name} {dtype} {key}: {error:.3g} against {allowed:.3g}"
+        factor = 2 if key == "out" else 3
+        assert error <= factor * allowed + ROUNDINGS * unit, f"{name} {dtype} {key}: {error:.3g} against {allowed:.3g}"
         ratios[key] = error / max(allowed, unit)
     grads = [ratio for key, ratio in ratios.items() if key != "out"]
     print(f"\n{name}, {dtype}: out {ratios['out']:.2f}, gradients at most {max(grads):.2f} of the original's error", end="")
@@ -99,4 +100,6 @@ def test_same_interface(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", INSTALLED)
 def test_the_packages_own(name, dtype):
-    compare(name, INSTALLED[name], dtype)
+    """In the release that is installed, which the test names."""
+    saw = release(type(INSTALLED[name].make()))
+    compare(f"{name} of {saw}", INSTALLED[name], dtype)

@@ -10,9 +10,11 @@ import pickle
 from types import SimpleNamespace
 
 import foreign
+import foreign_alphafold3
 import pytest
 import torch
 from foreign import DIM, LENGTH, Boltz, EsmFoldSelfAttention, OpenFold, Protenix, Qwen3NextAttention
+from foreign_alphafold3 import AlphaFold3Pytorch, Foundry
 from torch import nn
 
 from torch_gated_attn import gated_attention
@@ -193,7 +195,26 @@ def make_with_hook_inside() -> nn.Module:
     return module
 
 
+def make_windowed(change: str) -> nn.Module:
+    module = AlphaFold3Pytorch.TriangleAttention()
+    if change == "hooks":
+        module.attn.register_forward_hook(lambda *_: None)
+    elif change == "windows":
+        module.attn.attend.is_local_attn = True
+    else:
+        module.attn.to_gates = nn.Sequential(nn.Linear(DIM, DIM))
+    return module
+
+
+def make_other_gate() -> nn.Module:
+    module = Foundry.AttentionPairBiasDiffusion()
+    module.to_g = module.to_g[0]
+    return module
+
+
 LEFT = {
+    "local windows are another formula": lambda: make_windowed("windows").attn,
+    "to_g is not a projection and a sigmoid": make_other_gate,
     "its forward has parameters that are not understood: drop_heads": make_unknown_flag,
     "a subclass overrides _prep_qkv": make_other_preparation,
     "it has no c_hidden": lambda: make_without("c_hidden"),
@@ -203,6 +224,19 @@ LEFT = {
         lambda: Qwen3NextAttention("flash_attention_2")
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("hooks", "attn has hooks, which would not run"),
+        ("windows", "local windows are another formula"),
+        ("gate", "to_gates is not a projection and a sigmoid"),
+    ],
+)
+def test_a_triangle_attention_whose_inside_is_another_is_left(change, why):
+    report = patch(make_windowed(change))
+    assert next(m.note for m in report.left if m.path == "") == why
 
 
 @pytest.mark.parametrize("why", LEFT)
@@ -249,7 +283,22 @@ def test_calls_that_are_not_understood_take_the_original():
     (s, z, mask), kwargs = foreign.diffusion(1)
     pair_bias = foreign.Boltz1.AttentionPairBias()
     assert not fallback(pair_bias, s.float(), z.float(), mask.float(), **kwargs)
-    assert fallback(pair_bias, s.float(), z.float(), mask.float() * 0.5, **kwargs)  # not a mask
+    assert not fallback(pair_bias, s.float(), z.float(), mask.float() * 0.5, **kwargs)  # not a mask, but a bias
+
+    (a, s, z, _), _ = foreign_alphafold3.tokens(True)
+    a, s, z = a.float(), s.float(), z.float()
+    diffusion = Foundry.AttentionPairBiasDiffusion()
+    assert not fallback(diffusion, a, s, z, None)
+    assert fallback(diffusion, a, s, z, z[..., 0])  # local windows
+
+    attention = AlphaFold3Pytorch.Attention()
+    pair = torch.randn(2, foreign.HEADS, LENGTH, LENGTH)
+    assert not fallback(attention, a, attn_bias=pair, context=s)
+    assert not fallback(attention, a, attn_bias=pair, return_values=True)
+    assert fallback(attention, a, attn_bias=pair, value_residual=pair)
+    attention.attend.attn_dropout.p = 1.0
+    assert fallback(attention, a, attn_bias=pair)
+    assert not fallback(attention.eval(), a, attn_bias=pair)
 
     decoder = Qwen3NextAttention().float()
     (x, positions), _ = foreign.decoder(None)
@@ -332,7 +381,7 @@ def test_high_precision_is_float32(operator_calls):
     low, high = attention(x, x, biases), attention(x, x, biases, use_high_precision=True)
     assert [query.dtype for query, *_ in operator_calls] == [torch.bfloat16, torch.float32]
     assert high.dtype == torch.bfloat16
-    torch.testing.assert_close(high, low)
+    torch.testing.assert_close(high, low, rtol=0, atol=torch.finfo(torch.bfloat16).eps * low.abs().max().item())
 
 
 def test_training_step_of_a_replaced_model():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operator inside models that people run: OpenFold, OpenFold-3, Boltz, Protenix, ESMFold, Qwen3-Next, Qwen3.5.
+"""The operator inside models that people run: OpenFold, OpenFold-3, IntelliFold, Boltz, Protenix, Foundry (RosettaFold-3),
+alphafold3-pytorch, ESMFold, Qwen3-Next, Qwen3.5.
 
     from torch_gated_attn.integrations import patch, patched, unpatch
 

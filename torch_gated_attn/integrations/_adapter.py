@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
-__all__ = ["Adapter", "owner_of_forward"]
+__all__ = ["Adapter", "described", "has_hooks", "owner_of_forward"]
 
 
 def _accept(module: nn.Module) -> str | None:
@@ -47,13 +48,13 @@ class Adapter:
         owner = owner_of_forward(module)
         if owner.__name__ not in self.class_names:
             return False
-        names = list(inspect.signature(owner.forward).parameters)[1:]
+        names = list(inspect.signature(described(owner.forward)).parameters)[1:]
         return tuple(names[: len(self.first)]) == self.first
 
     def objection(self, module: nn.Module) -> str | None:
         """Why a recognised module cannot be replaced."""
         owner = owner_of_forward(module)
-        parameters = inspect.signature(owner.forward).parameters.values()
+        parameters = inspect.signature(described(owner.forward)).parameters.values()
         named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         unknown = named - {"self", *self.first, *self.others}
         if unknown:
@@ -66,8 +67,10 @@ class Adapter:
                 return f"a subclass overrides {helper}"
         if "forward" in module.__dict__:
             return "its forward was replaced on the instance"
+        if parametrize.is_parametrized(module):
+            return "it is parametrized, which could not be removed under another class; patch before that"
         for name, child in module.named_children():
-            if not any(True for _ in child.parameters()) and _has_hooks(child):
+            if not any(True for _ in child.parameters()) and has_hooks(child):
                 return f"{name} has hooks, which would not run"
         return self.refuse(module)
 
@@ -77,6 +80,17 @@ def owner_of_forward(module: nn.Module) -> type[nn.Module]:
     return next(c for c in type(module).__mro__ if "forward" in c.__dict__)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def described(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function whose parameters `forward` takes: what a decorator that has only *args and **kwargs closes over."""
+    found: Callable[..., Any] = inspect.unwrap(forward)
+    kinds = {p.kind for p in inspect.signature(found).parameters.values()}
+    if kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        inner = [c.cell_contents for c in found.__closure__ or () if inspect.isfunction(c.cell_contents)]
+        if len(inner) == 1:
+            return inner[0]
+    return found
+
+
+def has_hooks(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds)

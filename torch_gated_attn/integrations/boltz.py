@@ -11,7 +11,7 @@ from torch import Tensor
 from ..functional import gated_attention
 from . import openfold
 from ._adapter import Adapter
-from ._biases import heads_first, merge, zero_or_one
+from ._biases import heads_first, split, zero_or_one
 
 __all__ = ["ADAPTERS"]
 
@@ -20,26 +20,25 @@ def _triangular(
     self: Any, q_x: Tensor, kv_x: Tensor, tri_bias: Tensor, mask_bias: Tensor, mask: Tensor, use_kernels: bool = False
 ) -> Tensor:
     # `mask` says the same as `mask_bias`, which the path without kernels uses; use_kernels chooses an algorithm.
-    visible, bias = merge([mask_bias, tri_bias], (self.no_heads, q_x.size(-2)), q_x.dtype)
+    visible, bias = split(mask_bias, tri_bias, q_x.dtype)
     return openfold.attend(self, self.no_heads, q_x, kv_x, visible, bias)
 
 
 def _pair_bias(self: Any, s: Tensor, k_in: Tensor, bias: Tensor, mask: Tensor, multiplicity: int) -> Tensor:
     """One row of samples per structure: [B * M, ...] is [B, M, ...], so the bias of a structure is not repeated M times."""
 
-    def split(x: Tensor) -> Tensor:  # [B * M, L, H * D] -> [B, M, H, L, D]
+    def samples(x: Tensor) -> Tensor:  # [B * M, L, H * D] -> [B, M, H, L, D]
         return heads_first(torch.unflatten(x, 0, (-1, multiplicity)), self.num_heads)
 
     query, key, value, gate = (
-        split(self.proj_q(s)),
-        split(self.proj_k(k_in)),
-        split(self.proj_v(k_in)),
-        split(self.proj_g(s)),
+        samples(self.proj_q(s)),
+        samples(self.proj_k(k_in)),
+        samples(self.proj_v(k_in)),
+        samples(self.proj_g(s)),
     )
-    if bias.dtype != torch.float32:
-        bias = bias.to(query.dtype)
-    visible = torch.unflatten(mask, 0, (-1, multiplicity if mask.size(0) > 1 else 1))[:, :, None, None]  # [B, M, 1, 1, K]
-    out = gated_attention(query, key, value, gate, bias.unsqueeze(1), visible, masked_rows="mean")
+    shared = torch.unflatten(mask, 0, (-1, multiplicity if mask.size(0) > 1 else 1))[:, :, None, None]  # [B, M, 1, 1, K]
+    visible, terms = zero_or_one(shared, bias.unsqueeze(1), self.inf, query.dtype)
+    out = gated_attention(query, key, value, gate, terms, visible, masked_rows="mean")
     result: Tensor = self.proj_o(out.transpose(-2, -3).flatten(-2).flatten(0, 1))
     return result
 
@@ -57,33 +56,31 @@ def _pair_bias_1(
     to_keys: Any = None,
     model_cache: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    visible = zero_or_one(mask)
-    if visible is None or not _fits(s, mask, multiplicity):
+    if not _fits(s, mask, multiplicity):
         original: Tensor = self._original_forward(s, z, mask, multiplicity, to_keys, model_cache)
         return original
     if self.initial_norm:
         s = self.norm_s(s)
     k_in = s
     if to_keys is not None:
-        k_in, visible = to_keys(s), to_keys(mask.unsqueeze(-1)).squeeze(-1).bool()
+        k_in, mask = to_keys(s), to_keys(mask.unsqueeze(-1)).squeeze(-1)
     if model_cache is not None and "z" in model_cache:
         bias = model_cache["z"]
     else:
         bias = self.proj_z(z)  # [B, H, Q, K]
         if model_cache is not None:
             model_cache["z"] = bias
-    return _pair_bias(self, s, k_in, bias, visible, multiplicity)
+    return _pair_bias(self, s, k_in, bias, mask, multiplicity)
 
 
 def _pair_bias_2(self: Any, s: Tensor, z: Tensor, mask: Tensor, k_in: Tensor, multiplicity: int = 1) -> Tensor:
-    visible = zero_or_one(mask)
-    if visible is None or not _fits(s, mask, multiplicity):
+    if not _fits(s, mask, multiplicity):
         original: Tensor = self._original_forward(s, z, mask, k_in, multiplicity)
         return original
-    return _pair_bias(self, s, k_in, self.proj_z(z), visible, multiplicity)
+    return _pair_bias(self, s, k_in, self.proj_z(z), mask, multiplicity)
 
 
-_PAIR_BIAS = ("proj_q", "proj_k", "proj_v", "proj_g", "proj_z", "proj_o", "num_heads", "head_dim")
+_PAIR_BIAS = ("proj_q", "proj_k", "proj_v", "proj_g", "proj_z", "proj_o", "num_heads", "head_dim", "inf")
 
 ADAPTERS = (
     Adapter(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..functional import gated_attention
 from . import openfold
 from ._adapter import Adapter
-from ._biases import heads_first, zero_or_one
+from ._biases import heads_first
 
 __all__ = ["ADAPTERS"]
 
@@ -22,10 +22,6 @@ __all__ = ["ADAPTERS"]
 def _self_attention(
     self: Any, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, indices: Any = None
 ) -> tuple[Tensor, Tensor | None]:
-    visible = None if mask is None else zero_or_one(mask)  # [B, K]
-    if mask is not None and visible is None:
-        original: tuple[Tensor, Tensor] = self._original_forward(x, mask, bias, indices)
-        return original
     packed = heads_first(self.proj(x), self.num_heads)  # [B, H, L, 3 * D]
     query, key, value = packed.chunk(3, dim=-1)
     gate = heads_first(self.g_proj(x), self.num_heads) if self.gated else None
@@ -37,7 +33,7 @@ def _self_attention(
         value,
         gate,
         bias,
-        None if visible is None else visible[:, None, None],
+        None if mask is None else mask.bool()[:, None, None],  # [B, K]; the original hides what equals 0
         scale=self.rescale_factor,
         masked_rows="mean",
     )
