@@ -29,11 +29,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def library():
-    return harness.load(build.build())
-
-
 @pytest.fixture
 def emulated(library):
     with warnings.catch_warnings():

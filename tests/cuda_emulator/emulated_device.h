@@ -5,12 +5,14 @@
 #pragma once
 
 #include <cmath>
+#include <set>
 
 #include "block.h"
 
 namespace emulator {
 
 inline unsigned schedule_seed = 1;
+inline std::set<void*> launched;  // addresses of the kernels of this call
 
 enum Operation { kLdmatrix = 1, kLdmatrixTransposed, kMma, kShuffle, kVote, kTranspose };
 
@@ -276,6 +278,7 @@ void store_shared(uint32_t address, T value) {
 
 template <class Params>
 void launch(void (*kernel)(Params), Params params, int64_t blocks, int threads, size_t shared_bytes, void*, const char*) {
+  emulator::launched.insert(reinterpret_cast<void*>(kernel));
   std::mt19937 random(emulator::schedule_seed);
   params.first_block = 0;
   const std::function<void()> body = [&] { kernel(params); };
