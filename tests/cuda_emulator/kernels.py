@@ -7,7 +7,8 @@ import re
 import subprocess
 from typing import NamedTuple
 
-ACCESS, DTYPES = ("none", "half", "float", "general"), ("fp32", "fp64", "bf16", "fp16")  # by their numbers in the sources
+# By their numbers in the sources.
+ACCESS, DTYPES = ("no bias", "half bias", "float bias", "general"), ("fp32", "fp64", "bf16", "fp16")
 
 
 class Kernel(NamedTuple):
@@ -26,9 +27,7 @@ def parse_one(symbol: str) -> Kernel | None:
     numbers = [int(n) for n in re.findall(r"(?<![\w)])(\d+)(?!\w)", arguments)]
     parts = [name.replace("_", " ")]
     if access:
-        parts.append(
-            {"none": "no bias", "general": "general"}.get(ACCESS[int(access[1])], f"{ACCESS[int(access[1])]} bias")
-        )
+        parts.append(ACCESS[int(access[1])])
     if name == "backward_query" and "true" in arguments:
         parts.append("strip")
     if name == "transpose_bias":
