@@ -99,6 +99,21 @@ def test_query_and_key_lengths(emulated):
     judge.verdict()
 
 
+@pytest.mark.parametrize("bias_dtype", [BF16, FP32])
+def test_bias_whose_rows_are_not_aligned(emulated, bias_dtype):
+    """An odd number of keys, an odd offset, and batch dimensions between which the bias differs and does not."""
+    judge = Judge()
+    for k in (1, 7, 33, 77):
+        for shape in ((2, 1, 3, 2, 21, k), (1, 3, 1, 1, 21, k), (21, k), (2, 21, k)):
+            inputs = draw(
+                seed=k, dtype=BF16, batch=(2, 3, 3), q=21, k=k, bias=shape, bias_dtype=bias_dtype, mask=(2, 1, 1, 1, 1, k)
+            )
+            judge.compare(f"{shape}", inputs)
+    inputs = draw(seed=1, dtype=BF16, batch=(3,), q=21, k=36, bias=(2, 21, 40), bias_dtype=bias_dtype)
+    judge.compare("offset", inputs.replace(bias=inputs.bias[..., 3:39]))
+    judge.verdict()
+
+
 def test_head_dims(emulated):
     judge = Judge()
     for d in (*range(1, 18), 24, 31, 32, 33, 40, 48, 59, 64, 72, 96, 111, 128):

@@ -57,7 +57,10 @@ WAYS = [
     Way("shared float32 bias", bias="shared", float_bias=True),
     Way("shared bias without a strip", bias="shared", shared_bytes=1024),
     Way("shared float32 bias without a strip", bias="shared", float_bias=True, shared_bytes=1024),
-    Way("odd number of keys", bias="shared", keys=1),
+    Way("odd number of keys", keys=1),
+    Way("odd number of keys, float32 bias", bias="shared", float_bias=True, keys=1),
+    Way("odd number of keys without a strip", bias="shared", float_bias=True, keys=1, shared_bytes=1024),
+    Way("large scale", changes=(("scale", 1.5),)),
     Way("mask that differs between queries", changes=(("mask", "full"),)),
     Way("plain", dtypes=(FP32, FP64)),
 ]
@@ -186,7 +189,7 @@ def test_bands_of_minus_infinity_and_of_the_lowest_number(column):
 def test_head_dims_and_lengths(column):
     def calls(way, dtype):
         judge = Judge()
-        for d, dv in ((8, 16), (16, 8)) if way.keys == 0 else ((5, 9), (16, 1)):
+        for d, dv in ((8, 16), (16, 8)) if way.name != "large scale" else ((5, 9), (16, 1)):
             for q, k in ((1, 2), (17, 66), (65, 34)):
                 inputs = way.draw(dtype, seed=q, heads=1, d=d, dv=dv, q=q, k=k)
                 judge.compare(f"{way.name} {dtype} {d} {dv} {q} {k}", inputs)

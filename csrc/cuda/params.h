@@ -90,6 +90,16 @@ struct BackwardParams : AttentionParams {
   bool d_bias_direct = false;  // one part and nothing to sum: blocks store dBias themselves
 };
 
+// Arguments of copy_bias.cuh: the bias, and where its copy goes.
+struct CopyBiasParams {
+  Operand from;
+  void* to = nullptr;
+  int64_t slab_sizes[kMaxBatchDims] = {};
+  int64_t row_length = 0;  // of the copy: k_len, padded
+  int64_t first_block = 0;
+  int heads = 0, q_len = 0, k_len = 0;
+};
+
 // Arguments of the kernels for float32 and float64. Scratch of the backward:
 //
 //   row_terms  [slabs, rows, H, Q, 3]    shift (+inf: the row attends nothing), 1 / sum, delta
