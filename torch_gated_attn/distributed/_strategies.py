@@ -41,9 +41,26 @@ def _parts_have_whole_groups(heads: int, mesh: Any) -> bool:
     return all(heads % p == 0 for p in parts if p <= heads)
 
 
-def _splits(query: Any, key: Any, is_causal: bool) -> Iterator[tuple[int | None, Placement]]:
-    """The dimensions of [*, H, Q, K] that may be split, and the placement of key and value; None: nothing is split."""
-    yield None, WHOLE
+def _splits(query: Any, key: Any, value: Any, others: Sequence[Any], is_causal: bool) -> list[tuple[int | None, Placement]]:
+    """The dimensions of [*, H, Q, K] that may be split, and the placement of key and value; None: nothing is split.
+
+    DTensor weighs every combination over the mesh dimensions, which takes seconds for three of them, so dimensions that
+    nothing splits are offered only where what is split cannot stay.
+    """
+    possible = dict(_possible_splits(query, key, is_causal))
+    split = {dim for t in (query, *others) for dim in _split_dims(t, query.ndim)}
+    for t in (key, value):  # [*, H, K, D]
+        split |= {dim + (dim == query.ndim - 2) for dim in _split_dims(t, query.ndim)}
+    offered = split if split <= possible.keys() else possible.keys()
+    return [(None, WHOLE), *((dim, kv) for dim, kv in possible.items() if dim in offered)]
+
+
+def _split_dims(tensor: Any, rank: int) -> list[int]:
+    """Right-aligned with `rank` dimensions."""
+    return [] if tensor is None else [p.dim + rank - tensor.ndim for p in tensor.placements if hasattr(p, "dim")]
+
+
+def _possible_splits(query: Any, key: Any, is_causal: bool) -> Iterator[tuple[int, Placement]]:
     heads, queries = query.ndim - 3, query.ndim - 2
     for dim in range(queries + 1):
         if query.shape[dim] == 1:
@@ -86,7 +103,7 @@ def forward(
     key_lengths: Any = None,
 ) -> Acceptable:
     result: Acceptable = []
-    for dim, kv in _splits(query, key, is_causal):
+    for dim, kv in _splits(query, key, value, (gate, bias, mask), is_causal):
         own, others = _own(dim), [aligned(t, dim, query.ndim) for t in (gate, bias, mask)]
         result.append(([own] * 4, [own, kv, kv, *others, None, None, None, None, _lengths(key_lengths, dim)]))
     return result
@@ -112,7 +129,7 @@ def backward(
     key_lengths: Any = None,
 ) -> Acceptable:
     result: Acceptable = []
-    for dim, kv in _splits(query, key, is_causal):
+    for dim, kv in _splits(query, key, value, (grad_out, gate, bias, mask, out), is_causal):
         own, others = _own(dim), [aligned(t, dim, query.ndim) for t in (gate, bias, mask)]
         incoming = [None if t is None else own for t in (grad_out, grad_lse)]
         constants = [None] * 5  # scale to window
@@ -123,12 +140,12 @@ def backward(
 
 
 def gate_output(out: Any, gate: Any) -> Acceptable:
-    return [([_own(dim)], [_own(dim), aligned(gate, dim, out.ndim)]) for dim in _any_dimension(out)]
+    return [([_own(dim)], [_own(dim), aligned(gate, dim, out.ndim)]) for dim in _split_or_any(out, (out, gate))]
 
 
 def gate_output_backward(grad: Any, out: Any, gate: Any, grad_mask: Sequence[bool]) -> Acceptable:
     result: Acceptable = []
-    for dim in _any_dimension(out):
+    for dim in _split_or_any(out, (grad, out, gate)):
         own, gates = _own(dim), aligned(gate, dim, out.ndim)
         grads = [own, gradient(gates, split=dim is not None)]
         wanted = [g if w else None for g, w in zip(grads, grad_mask, strict=True)]
@@ -136,8 +153,10 @@ def gate_output_backward(grad: Any, out: Any, gate: Any, grad_mask: Sequence[boo
     return result
 
 
-def _any_dimension(out: Any) -> list[int | None]:
-    return [None, *(dim for dim in range(out.ndim) if out.shape[dim] != 1)]
+def _split_or_any(out: Any, tensors: Sequence[Any]) -> list[int | None]:
+    possible = [dim for dim in range(out.ndim) if out.shape[dim] != 1]
+    split = {dim for t in tensors for dim in _split_dims(t, out.ndim)}
+    return [None, *(dim for dim in possible if dim in split or not split <= set(possible))]
 
 
 #: By operator: its strategy, and the first argument that is no tensor and decides.
