@@ -57,6 +57,9 @@ class Call:
         return torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=self.query.device)
 
 
+ARGUMENTS = tuple(field.name for field in dataclasses.fields(Call))
+
+
 def _meta(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 

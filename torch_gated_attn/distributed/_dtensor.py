@@ -104,7 +104,9 @@ def attend(
     for name, tensor in arguments.items():
         if tensor is not None:
             own, grads = layout.placements(name, tensor)
-            local[name] = tensor.redistribute(placements=own).to_local(grad_placements=grads)
+            # Redistributing to the same placements would reduce a Partial gradient.
+            here = tensor if list(tensor.placements) == own else tensor.redistribute(placements=own)
+            local[name] = here.to_local(grad_placements=grads)
     sizes = {"key_sizes": chunk_sizes(key.shape[-2], parts)}
     if queries_are_split:
         sizes["query_sizes"] = chunk_sizes(query.shape[-2], parts)

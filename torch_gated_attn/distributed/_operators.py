@@ -4,7 +4,6 @@ whole, and checkpointing, hooks and torch.library.opcheck know them."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from torch.library import Library, register_autograd, register_fake
 
 from . import _ring, _split
-from ._call import INPUTS, KEY_LENGTHS, SCHEMA, TENSORS, Call
+from ._call import ARGUMENTS, INPUTS, KEY_LENGTHS, SCHEMA, TENSORS, Call
 from ._gradients import Gradients, Residuals
 from ._merge import Results
 
 _library: Any = Library("torch_gated_attn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ops = torch.ops.torch_gated_attn
+_TAG = torch.Tag.pt2_compliant_tag
 
 _BACKWARD_SCHEMA = (
     "Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor row_max, Tensor row_sum, bool[5] grad_mask, " + SCHEMA
@@ -29,8 +29,8 @@ _BACKWARD_FIRST = 6  # arguments before those of SCHEMA
 
 def _register(name: str, forward: Callable[[Call], Results], backward: Callable[..., Gradients]) -> None:
     """`name` and `name`_backward."""
-    _library.define(f"{name}({SCHEMA}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)")
-    _library.define(f"{name}_backward({_BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+    _library.define(f"{name}({SCHEMA}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)", tags=_TAG)
+    _library.define(f"{name}_backward({_BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAG)
 
     def run_backward(*args: Any) -> Gradients:
         *residuals, wanted = args[:_BACKWARD_FIRST]
@@ -112,8 +112,8 @@ def caller(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     op = getattr(_ops, name).default
 
     def call(*, group: ProcessGroup, **arguments: Any) -> tuple[Tensor, Tensor]:
-        given = {field.name: arguments.get(field.name) for field in dataclasses.fields(Call)}
-        out, lse, _, _ = op(*{**given, "group_name": group.group_name}.values())
+        arguments["group_name"] = group.group_name
+        out, lse, _, _ = op(*(arguments.get(name) for name in ARGUMENTS))
         return out, lse
 
     return call
