@@ -76,6 +76,11 @@ class Case:
 
 CAUSAL = {"is_causal": True}
 NO_MASK: dict[str, Any] = {"mask": None}
+# More batch dimensions than the kernels take: bias and mask alternate between having and not having one.
+FORMULA: dict[str, Any] = {
+    "batch": (2, 2, 2, 2, 2), "heads": 1, "q": 4, "k": 5, "gate": (2, 1, 2, 1, 2, 1, 4, 8), "bias": (2, 1, 2, 1, 2, 1, 4, 5),
+    "mask": (2, 1, 2, 1, 2, 1, 1, 5),
+}  # fmt: skip
 CASES: dict[str, Case] = {
     "bias of heads, dead rows": Case(),
     "masked_rows mean": Case(options={"masked_rows": "mean"}),
@@ -109,10 +114,8 @@ CASES: dict[str, Case] = {
     ),
     "key_lengths": Case(lengths=True, mask=None),
     "key_lengths, mean": Case(lengths=True, options={"masked_rows": "mean"}),
-    "five batch dimensions, by the formula": Case(
-        batch=(2, 1, 2, 2, 3), heads=2, q=4, k=5, gate=(2, 1, 1, 2, 1, 2, 4, 8), bias=(2, 1, 1, 2, 1, 1, 4, 5),
-        mask=(1, 1, 2, 1, 3, 1, 1, 5),
-    ),
+    "by the formula": Case(**FORMULA),
+    "by the formula, all logits far below": Case(**FORMULA, louder=-1000.0, louder_keys=5),
     "float32": Case(q=40, k=52, bias=(4, 40, 52), mask=(3, 1, 40, 52), dtype=torch.float32),
     "bfloat16": Case(q=40, k=52, bias=(4, 40, 52), mask=(3, 1, 40, 52), dtype=torch.bfloat16),
     "float16, mean": Case(
