@@ -151,11 +151,7 @@ def shards_alive() -> str:
         @staticmethod
         def _gated_attention_forward(*args: Any) -> Any:
             nonlocal most
-            found = {
-                t.untyped_storage().data_ptr()
-                for t in gc.get_objects()
-                if type(t) is Tensor and t.shape == key.shape
-            }
+            found = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is Tensor and t.shape == key.shape}
             most = max(most, len(found))
             return real._gated_attention_forward(*args)
 

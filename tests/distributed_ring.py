@@ -148,7 +148,9 @@ def parts(size: int, count: int, sizes: Sizes) -> list[int]:
     return [len(p) for p in torch.arange(size).tensor_split(count)] if sizes is None else list(sizes)
 
 
-def whole_operator(case: Case, function: Callable[..., Any], group: dist.ProcessGroup) -> Callable[..., tuple[Tensor, Tensor]]:
+def whole_operator(
+    case: Case, function: Callable[..., Any], group: dist.ProcessGroup
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """`function` on this process's part of whole arguments; the whole result, whose gradients are summed over the group."""
     rank, count = dist.get_rank(group), dist.get_world_size(group)
     ring = function is ring_gated_attention

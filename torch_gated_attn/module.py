@@ -138,12 +138,12 @@ class GatedAttention(nn.Module):
         if mask is not None:
             mask = self._mask_with_heads(mask, q_data.dim())
 
-        query = self._split_heads(self.linear_q(q_data))  # [*, H, Q, D]
-        key = self._split_heads(self.linear_k(m_data))  # [*, H, K, D]
-        value = self._split_heads(self.linear_v(m_data))  # [*, H, K, Dv]
+        query = self._split_heads(self.linear_q(q_data), self.key_dim)  # [*, H, Q, D]
+        key = self._split_heads(self.linear_k(m_data), self.key_dim)  # [*, H, K, D]
+        value = self._split_heads(self.linear_v(m_data), self.value_dim)  # [*, H, K, Dv]
         gate: Tensor | None = None
         if self.linear_g is not None:
-            gate = self._split_heads(self.linear_g(q_data))  # [*, H, Q, Dv]
+            gate = self._split_heads(self.linear_g(q_data), self.value_dim)  # [*, H, Q, Dv]
         out = torch.ops.torch_gated_attn.gated_attention(
             query, key, value, gate, bias, mask, scale=None, masked_rows=self.masked_rows
         )
@@ -151,8 +151,9 @@ class GatedAttention(nn.Module):
         result: Tensor = self.linear_o(out.transpose(-2, -3).flatten(-2))
         return result
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return torch.unflatten(x, -1, [self.num_heads, x.size(-1) // self.num_heads]).transpose(-2, -3)
+    def _split_heads(self, x: Tensor, total: int) -> Tensor:
+        # By the size of a head: a projection that is parallel over heads returns some of them.
+        return torch.unflatten(x, -1, [-1, total // self.num_heads]).transpose(-2, -3)
 
     def _mask_with_heads(self, mask: Tensor, rank: int) -> Tensor:
         if mask.dtype != torch.bool:
