@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 examples/axial_parallelism.py
 
 The pair representation [B, N, N, C] is the memory of a structure model. Axial parallelism splits its rows for triangle
-attention around the starting node, whose rows are independent of each other but for the bias, and its columns for the ending
-node; in between it is turned by one all_to_all. A grid splits both at once and is never turned: keys travel in a ring, which
-pays where the bias, H numbers for every pair, is too large to be whole on every device.
+attention around the starting node, whose rows need nothing of each other but the bias, and its columns for the ending node;
+in between it is turned by one all_to_all. A grid splits both at once and is never turned: keys travel in a ring, which pays
+where the bias, H numbers for every pair, is too large to be whole on every device.
 
 Prints how far both are from one process, forward and in every gradient, and how often they communicate.
 """
@@ -84,7 +84,7 @@ def _ring_node(node: TriangleAttention, pair: DTensor, mask: DTensor, keys_over:
 
 
 def compare(run, mesh: DeviceMesh, placements: list, size: int = 16, channels: int = 16, heads: int = 4):
-    """The largest relative error against one process, of the result and of every gradient, and two counts of collectives."""
+    """The largest relative error against one process, of the result and all gradients, and the collectives each way."""
     torch.manual_seed(0)
     whole = PairBlock(channels, heads, dtype=torch.float64)
     torch.manual_seed(0)

@@ -78,8 +78,8 @@ CAUSAL = {"is_causal": True}
 NO_MASK: dict[str, Any] = {"mask": None}
 # More batch dimensions than the kernels take: bias and mask alternate between having and not having one.
 FORMULA: dict[str, Any] = {
-    "batch": (2, 2, 2, 2, 2), "heads": 1, "q": 4, "k": 5, "gate": (2, 1, 2, 1, 2, 1, 4, 8), "bias": (2, 1, 2, 1, 2, 1, 4, 5),
-    "mask": (2, 1, 2, 1, 2, 1, 1, 5),
+    "batch": (2, 2, 2, 2, 2), "heads": 1, "q": 4, "k": 5, "gate": (2, 1, 2, 1, 2, 1, 4, 8),
+    "bias": (2, 1, 2, 1, 2, 1, 4, 5), "mask": (2, 1, 2, 1, 2, 1, 1, 5),
 }  # fmt: skip
 CASES: dict[str, Case] = {
     "bias of heads, dead rows": Case(),

@@ -125,8 +125,11 @@ def compare(
     moved: dict[str, Sequence[int | None]] | None = None,
     simulation: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(),  # noqa: B008  # it has no state
 ) -> str:
-    """What differs from one process, or "". `whole`: all values of a DTensor, once or as every rank has them. `moved`: other
-    dimensions for some arguments, which then have to travel, and nothing but values is compared."""
+    """What differs from one process, or "".
+
+    whole: all values of a DTensor, once or as every rank has them. moved: other dimensions for some arguments, which then
+    have to travel, and nothing but values is compared.
+    """
     tensors = case.draw(dtype)
     like = tensors["query"]
     cotangents = [torch.randn(like.shape, dtype=torch.float64).to(dtype), torch.randn(like.shape[:-1], dtype=torch.float64)]

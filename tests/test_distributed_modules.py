@@ -28,4 +28,4 @@ def results(tmp_path_factory) -> list[dict]:
 def test_four_processes_equal_one(results):
     failures = {(rank, name): text for rank, result in enumerate(results) for name, text in result.items() if text}
     assert not failures, failures
-    assert len(results[0]) == 12
+    assert len(results[0]) == 13

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _context_parallel
+
 __all__ = ["gate_output", "gated_attention", "gated_attention_with_lse"]
 
 
@@ -69,6 +71,7 @@ def gated_attention(
     PyTorch's, and gradients cannot be differentiated again; ``torch.use_deterministic_algorithms(True)`` keeps to the
     operator. :func:`explain` says which.
     """
+    _context_parallel.refuse()
     out: Tensor = torch.ops.torch_gated_attn.gated_attention(
         query,
         key,
@@ -109,6 +112,7 @@ def gated_attention_with_lse(
         out, [\*, H, Q, Dv] in query's dtype, and lse, [\*, H, Q] in float32 (float64 for float64), which is
         differentiable too. Where a row attends to no key, lse is -inf and has no gradient.
     """
+    _context_parallel.refuse()
     out, lse = torch.ops.torch_gated_attn.gated_attention_with_lse(
         query,
         key,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _context_parallel
+
 __all__ = ["GatedAttention"]
 
 # Haiku's names for the arrays of one AlphaFold `Attention` module, and their rank.
@@ -127,6 +129,8 @@ class GatedAttention(nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            _context_parallel.refuse()
         if m_data is None:
             if self.kv_dim != self.q_dim:
                 raise ValueError(f"m_data must be given, as kv_dim {self.kv_dim} is not q_dim {self.q_dim}, but is None")
