@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What docs/distributed.md says of many GPUs, from its formulas: no measurement.
 
-One node of triangle attention, C channels, H heads, in bfloat16, forward and backward, on P GPUs of which 8 share a machine.
+One node of triangle attention, C channels, H heads, in bfloat16, forward and backward, on P GPUs, 8 to a machine.
 Assumed: 450 GB/s one way for a GPU inside a machine, 50 GB/s for a GPU's own network card, 300 TFLOP/s in attention and 500
 in projections; a backward costs 2.5 times the forward in attention and twice in projections.
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import torch_gated_attn.distributed  # noqa: F401
+import torch_gated_attn.distributed
 from torch_gated_attn import GatedAttention
 from torch_gated_attn.alphafold import (
     MSAColumnAttention,

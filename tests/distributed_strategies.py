@@ -116,6 +116,21 @@ def call(tensors: dict[str, Tensor | None], options: dict[str, Any], cotangents:
     return {"out": out, "lse": lse, **{f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}}
 
 
+def call_functional(
+    tensors: dict[str, Tensor | None], options: dict[str, Any], cotangents: Sequence[Tensor]
+) -> dict[str, Any]:
+    """The same by the functional operators: autograd detaches results, which on a mesh of three dimensions takes a second
+    for every new shape."""
+    ops, *given, lengths = torch.ops.torch_gated_attn, *tensors.values()
+    constants = options.get("scale"), options.get("masked_rows", "zero")
+    visibility = options.get("is_causal", False), options.get("window"), lengths
+    out, lse, row_max, row_sum = ops._gated_attention_forward(*given, *constants, *visibility)
+    wanted = [t is not None for t in given[:5]]
+    residuals = out, row_max, row_sum, *constants
+    grads = ops._gated_attention_backward(*cotangents, *given, *residuals, wanted, *visibility)
+    return {"out": out, "lse": lse, **{f"d_{n}": g for n, g in zip(NAMES, grads, strict=False) if g is not None}}
+
+
 def compare(
     case: Case,
     mesh: DeviceMesh,
@@ -144,7 +159,8 @@ def compare(
         }
         spread_cotangents = [distribute_tensor(t, mesh, own) for t in cotangents]
         with CommDebugMode() as comm:
-            results = call(spread, case.options, spread_cotangents)
+            one = call if isinstance(simulation, contextlib.nullcontext) else call_functional
+            results = one(spread, case.options, spread_cotangents)
         with torch.no_grad():
             values_of = {name: whole(got) for name, got in results.items()}
     wrong = []
@@ -195,7 +211,9 @@ def deep_cases(mesh: DeviceMesh, simulation: contextlib.AbstractContextManager[A
     def run(case: Case) -> str:
         return compare(case, mesh, deep_dims(case), every_rank, simulation=simulation)
 
-    return {name: lambda case=case: run(case) for name, case in CASES.items()}
+    # For time, without those that add nothing to three dimensions.
+    left = ("rows, scale", "rows, nothing but query, key and value", "heads, no batch", "heads, gate of rank 3", "whole")
+    return {name: lambda case=case: run(case) for name, case in CASES.items() if name not in left}
 
 
 def bits_cases(line: DeviceMesh) -> dict[str, Callable[[], str]]:
