@@ -274,8 +274,8 @@ def masks_case(line: DeviceMesh, rows: int, masks: Sequence[int]) -> str:
 
 
 def causal_case(line: DeviceMesh, q: int, order: Sequence[bool]) -> str:
-    """Calls that differ in is_causal alone, in this order."""
-    case = Case((QUERIES,), q=q, bias=None)
+    """Calls that differ in is_causal alone, in this order; with key_lengths, lest the dispatcher leave a False out."""
+    case = Case((QUERIES,), q=q, bias=None, lengths=True)
     wrong = [
         compare(dataclasses.replace(case, options={"is_causal": causal}), line, (QUERIES,), full, moved={})
         for causal in order
