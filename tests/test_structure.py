@@ -7,10 +7,10 @@ import pytest
 import torch
 from inputs import Inputs, draw, evaluate
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch_gated_attn._structure import structure_mask
 
 import torch_gated_attn
 from torch_gated_attn import _core, gated_attention, reference
-from torch_gated_attn._structure import structure_mask
 
 SIZES = [(1, 1), (5, 5), (1, 7), (3, 7), (7, 3), (4, 0)]
 
