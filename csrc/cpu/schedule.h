@@ -88,7 +88,8 @@ struct BackwardSchedule {
     rows_per_group = ceil_div(p.rows, std::min(most_groups, groups));
     row_groups = ceil_div(p.rows, rows_per_group);
     const int64_t super_blocks = has_few_queries(p) ? 1 : ceil_div(queries, max_lanes);
-    // Each part holds a float copy of d_key and d_value: with 16 of them a step of Qwen3-Next took 25 MiB more than PyTorch's.
+    // Each part holds a float copy of d_key and d_value: with 16 of them a step of Qwen3-Next took 25 MiB more than
+    // PyTorch's.
     constexpr int64_t kMostParts = 4;
     parts = std::min({super_blocks, ceil_div(kEnoughUnits, heads * most_groups), kMostParts});
     queries_per_part = ceil_div(super_blocks, parts) * max_lanes;
