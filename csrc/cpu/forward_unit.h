@@ -8,6 +8,7 @@ class ForwardUnit {
   static constexpr int W = kLanes<A>, kBlock = NQ * W;
   using O = Operand<T, A>;
   static constexpr int kKeysAhead = 2 * kTileKeys;
+  static constexpr int kLongRow = 512;  // keys; a shorter one is in a cache soon
 
   ForwardUnit(const Problem& p, int max_lanes, Carver& c)
       : p_(p),
@@ -104,7 +105,7 @@ class ForwardUnit {
       prefetch.keys(at<const T>(p_.value, next.value, w.kv_head), p_.value, p_.k_len, p_.value_dim);
       prefetch.lanes(at<const T>(p_.query, next.query, head_), p_.query, lanes_, p_.head_dim);
       prefetch.lanes(at<const T>(p_.gate, next.gate, head_), p_.gate, lanes_, p_.value_dim);
-    } else if (lanes_.padded == kBlock && keys_.in_place && keys_.count > kKeysAhead) {
+    } else if (lanes_.padded == kBlock && keys_.in_place && keys_.count > kLongRow) {
       // One sub-block uses every key once, at the speed of memory: so it asks for the keys of the tile after the next.
       const int64_t ahead = keys_.key[0] + kKeysAhead, rows = keys_.key[keys_.count - 1] + 1 - ahead;
       prefetch.keys(at<const T>(p_.key, batch.key, w.kv_head) + ahead * p_.key.row, p_.key, rows, p_.head_dim);
