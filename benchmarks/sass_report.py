@@ -46,7 +46,7 @@ class Row:
     """One line of the report."""
 
     arch: str
-    dtype: str
+    dtype: str  # empty: for any
     head_dim: int  # 0: for any
     name: str  # forward, backward_query, ...
     access: str
@@ -70,7 +70,8 @@ def teams(name: str, head_dim: int, access: str, strip: bool) -> int:
 
 def describe(kernel: Kernel, arch: str) -> Row:
     symbol = kernel.symbol
-    name, dtype = re.search(r"cuda\d+([a-z_]+)_kernel", symbol).group(1), re.search(r"DTypeE(\d)", symbol).group(1)
+    name = re.search(r"cuda\d+([a-z_]+)_kernel", symbol).group(1)
+    dtype = re.search(r"DTypeE(\d)", symbol)
     numbers = [int(n) for n in re.findall(r"Li(\d+)E", symbol)]
     head_dim = numbers[0] if numbers else 0
     found = re.search(r"BiasAccessE(\d)", symbol)
@@ -80,7 +81,7 @@ def describe(kernel: Kernel, arch: str) -> Row:
     costs = [cost(loop, teams(name, head_dim, access, strip)) for loop in kernel.loops()]
     # The main loop is the one without a mask, the cheapest.
     best = min((c for c in costs if c), key=lambda c: c.slots, default=None)
-    return Row(arch, DTYPES[int(dtype)], head_dim, name, access, strip, shares, kernel, best)
+    return Row(arch, DTYPES[int(dtype[1])] if dtype else "", head_dim, name, access, strip, shares, kernel, best)
 
 
 def compile_and_read(arch: str, source: pathlib.Path, cuobjdump: str, folder: str) -> list[Row]:
@@ -189,7 +190,7 @@ def main() -> int:
     for arch in arguments.archs:
         for dtype in arguments.dtypes:
             print(f"{arch}, {dtype}: per score element and thread; milliclocks of each unit of an H100\n")
-            print_rows([(r.label, r.kernel, r.cost) for r in rows if (r.arch, r.dtype) == (arch, dtype)])
+            print_rows([(r.label, r.kernel, r.cost) for r in rows if r.arch == arch and r.dtype in (dtype, "")])
         if arguments.peers:
             print_peers(arch, cuobjdump, arguments.head_dims)
     counted = [r for r in rows if r.cost and (r.arch, r.dtype) == (BUDGET_ARCH, BUDGET_DTYPE)]

@@ -17,6 +17,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", devices())
 
 
+@pytest.fixture(scope="session")
+def library():
+    """The CUDA kernels compiled for the host."""
+    from cuda_emulator import build, harness
+
+    return harness.load(build.build())
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

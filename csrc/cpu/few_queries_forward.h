@@ -88,10 +88,13 @@ class KeyBlock {
   }
 
   // Lists the keys of `block` that some query attends to, and fills the scores.
-  void fill(const Visibility<int64_t>& visible, const Range<int64_t>& block, const T* keys) {
+  // `more`: another block follows, whose keys and values are to be fetched meanwhile.
+  void fill(const Visibility<int64_t>& visible, const Range<int64_t>& block, bool more, const T* keys) {
     list(visible, block);
-    for (int j = count; j < count + W; ++j) key[j] = -1;  // rows of zeros
-    if (queries_ == 1)
+    ahead_ = more ? most_keys(p_) : 0;
+    if (queries_ * count < W)
+      add_single(keys);  // a tile would be mostly empty
+    else if (queries_ == 1)
       add_tiles<1>(keys);
     else
       add_tiles<kQueries>(keys);
@@ -114,7 +117,7 @@ class KeyBlock {
   void add_values(int i, const T* values, int64_t d, int n, A* const* o) const {
     Vec<A> x[QB][NV];
     TGA_UNROLL for (int q = 0; q < QB; ++q) TGA_UNROLL for (int v = 0; v < NV; ++v) x[q][v] = load(o[q] + d + v * W);
-    const int64_t next = i == 0 ? most_keys(p_) * p_.value.row : 0;
+    const int64_t next = i == 0 ? ahead_ * p_.value.row : 0;
     for (int j = 0; j < count; ++j) {
       const T* row = values + key[j] * p_.value.row + d;
       TGA_UNROLL for (int v = 0; v < NV; ++v) {
@@ -156,14 +159,26 @@ class KeyBlock {
     }
   }
 
+  // The same sums as of a tile, one by one.
+  void add_single(const T* keys) {
+    for (int i = 0; i < queries_; ++i)
+      for (int j = 0; j < count; ++j) {
+        Vec<A> x{};
+        for (int64_t d = 0; d < p_.head_dim; d += W)
+          x = fma(load(query_ + i * dim_ + d), load_n(keys + key[j] * p_.key.row + d, dims(p_.head_dim, d)), x);
+        scores(i)[j] = sum_lanes(x);
+      }
+  }
+
   // QB queries x W / QB keys at a time, whose W sums become one vector.
   template <int QB>
   void add_tiles(const T* keys) {
     constexpr int KB = W / QB;
+    for (int j = count; j < count + KB; ++j) key[j] = -1;  // rows of zeros
     for (int i = 0; i < queries_; i += QB)
       for (int j = 0; j < count; j += KB) {
         A sums[W];
-        store(sums, tile<QB, KB>(query_ + i * dim_, key + j, keys, i == 0 ? most_keys(p_) * p_.key.row : 0));
+        store(sums, tile<QB, KB>(query_ + i * dim_, key + j, keys, i == 0 ? ahead_ * p_.key.row : 0));
         TGA_UNROLL for (int a = 0; a < QB; ++a) __builtin_memcpy(scores(i + a) + j, sums + a * KB, sizeof(A) * KB);
       }
   }
@@ -196,7 +211,7 @@ class KeyBlock {
   T* zeros_;                    // [head_dim and a vector]
   const Lanes* lanes_ = nullptr;
   const Offsets* batch_ = nullptr;
-  int64_t head_ = 0;
+  int64_t head_ = 0, ahead_ = 0;
 };
 
 template <class T, class A>
@@ -259,7 +274,8 @@ class FewQueriesForward {
     const int64_t step = KeyBlock<T, A>::most_keys(p_);
     block_.start(batch, kv_head * group_);
     for (int64_t first = keys.begin; first < keys.end; first += step) {
-      block_.fill(visible, Range<int64_t>{first, first + step}.within(keys), at<const T>(p_.key, batch.key, kv_head));
+      block_.fill(visible, Range<int64_t>{first, first + step}.within(keys), first + step < keys.end,
+                  at<const T>(p_.key, batch.key, kv_head));
       for (int i = 0; i < queries_; ++i) softmax(i);
       add_values(at<const T>(p_.value, batch.value, kv_head));
     }
@@ -270,8 +286,7 @@ class FewQueriesForward {
     A* s = block_.scores(i);
     Vec<A> each = set1<A>(shift(i));
     for (int j = 0; j < block_.count; j += W) each = max(load(s + j), each);  // but for a NaN, which enters the sums
-    A highest = shift(i);
-    for (int lane = 0; lane < W; ++lane) highest = each[lane] > highest ? each[lane] : highest;
+    const A highest = max_lane(each);
     if (highest > shift(i)) {
       const Vec<A> factor = exp2<A>(set1<A>(shift(i)) - set1<A>(highest));
       for (int64_t d = 0; d < stride_ - 2; d += W) store(o(i) + d, load(o(i) + d) * factor);

@@ -68,6 +68,8 @@ TGA_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m
 TGA_INLINE bool any_greater(VecF a, VecF b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0; }
 TGA_INLINE bool any_greater(VecD a, VecD b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0; }
 TGA_INLINE float sum_lanes(VecF a) { return _mm512_reduce_add_ps((__m512)a); }
+TGA_INLINE float max_lane(VecF a) { return _mm512_reduce_max_ps((__m512)a); }
+TGA_INLINE double max_lane(VecD a) { return _mm512_reduce_max_pd((__m512d)a); }
 TGA_INLINE double sum_lanes(VecD a) { return _mm512_reduce_add_pd((__m512d)a); }
 #elif defined(TGA_AVX2)
 TGA_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -110,6 +112,16 @@ TGA_INLINE auto sum_lanes(V a) {
   constexpr int n = sizeof(V) / sizeof(a[0]);
   for (int step = n / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) a[i] += a[i + step];
+  return a[0];
+}
+#endif
+
+#if !defined(TGA_AVX512)
+template <class V>
+TGA_INLINE auto max_lane(V a) {
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  for (int step = n / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) a[i] = a[i] < a[i + step] ? a[i + step] : a[i];
   return a[0];
 }
 #endif

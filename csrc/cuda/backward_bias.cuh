@@ -94,7 +94,7 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
   const SlabIndex slab = slab_index(p.batch, slab_number);
   const int64_t first_row = chunk * p.rows_per_chunk;
   const int64_t end_row = first_row + p.rows_per_chunk < p.batch.rows ? first_row + p.rows_per_chunk : p.batch.rows;
-  const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+  const float factor = score_factor<T>(p);
 
   float bias[T::kSubtiles][1][4], d_bias[T::kSubtiles][4];
   load_bias_tile<T>(bias, p, slab, slab_number, head, first_query, first_key);
@@ -163,14 +163,9 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
         const uint32_t bits = mask_bits.bits(row, 0, n * 8) >> (n % 4 * 8 + lane.pair * 2);
         TGA_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float s = score[i];
-          if (!(bits >> (i % 2) & 1)) {
-            s = -INFINITY;
-          } else if constexpr (T::kGeneral) {
-            const int q = first_query + lane.row + i / 2 * 8, k = first_key + n * 8 + lane.pair * 2 + i % 2;
-            s = q < p.q_len ? logits(q, k, s * (p.scale * kLog2e)) : -INFINITY;
-          }
-          d_bias[n][i] = fmaf(dev::exp2(fmaf(s, factor, -terms[i / 2].shift)), d_prob[i], d_bias[n][i]);
+          const float s = visible_score<T>(score[i], bits >> (i % 2) & 1, logits, p, first_query + lane.row + i / 2 * 8,
+                                           first_key + n * 8 + lane.pair * 2 + i % 2);
+          d_bias[n][i] = fmaf(probability<T, true>(s, factor, terms[i / 2].shift), d_prob[i], d_bias[n][i]);
         }
       }
     }

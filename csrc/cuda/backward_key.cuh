@@ -62,6 +62,14 @@ class QueryRing {
     advance(read_);
     return stage;
   }
+  // Whether one of the rows whose shifts this thread copied for the next read is low.
+  TGA_DEVICE bool has_low_row() const {
+    if (thread_ >= T::kBlock || thread_ % 2 == 0) {
+      return false;
+    }
+    const Float2 low = dev::load_shared<Float2>(read_ + 2 * T::kTileBytes + thread_ * 16 + 8);
+    return low.x + low.y != 0.0f;
+  }
 
  private:
   TGA_DEVICE void advance(uint32_t& stage) {
@@ -135,7 +143,7 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
   const int64_t slab_number = index / p.kv_heads;
   const SlabIndex slab = slab_index(p.batch, slab_number);
   const bool exists = row < p.batch.rows;
-  const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+  const float factor = score_factor<T>(p);
 
   // Rows whose key no query attends: they hold anything, and get zeros. A mask that differs between queries is left to the
   // scores; one that differs between the heads of a group only goes to kGeneral, which asks the scores as well.
@@ -205,10 +213,14 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
     BiasAlongQueries<T> bias_rows(p, bias_entry(p, slab_number, head), first_key);
     const GeneralLogits<T::kType> logits(p, slab, row, head);
-    for (int tile = 0; tile < query_tiles; ++tile) {
+    // Waits for a tile; whether it has a low row.
+    const auto arrive = [&](int tile) {
       dev::wait_copies<T::kStages - 2>();
-      dev::sync_block();
+      const bool low = dev::sync_block_any(!T::kGeneral && ring.has_low_row());
       issue(tile + T::kStages - 1);
+      return low;
+    };
+    const auto visit = [&](int tile, auto low) {
       const uint32_t queries = ring.next_read(), grads = queries + T::kTileBytes;
       const uint32_t terms = grads + T::kTileBytes + lane.pair * 32;
       TGA_UNROLL
@@ -246,11 +258,11 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
             TGA_UNROLL
             for (int i = 0; i < 4; ++i) {
               if constexpr (T::kGeneral) {
-                const int k = first_key + m * 16 + lane.row + i / 2 * 8,
-                          q = tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2;
-                s[m][i] = exists && k < p.k_len && q < p.q_len ? logits(q, k, s[m][i] * (p.scale * kLog2e)) : -INFINITY;
+                const int k = first_key + m * 16 + lane.row + i / 2 * 8;
+                s[m][i] = visible_score<T>(s[m][i], exists && k < p.k_len, logits, p,
+                                           tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2, k);
               }
-              x[i] = dev::exp2(fmaf(s[m][i], factor, -(i % 2 == 0 ? shift.x : shift.y)));
+              x[i] = probability<T, low.value>(s[m][i], factor, i % 2 == 0 ? shift.x : shift.y);
               d[i] = x[i] * d_prob[m][i];
             }
             prob[m][2 * e] = dev::pack<T::kType>(x[0], x[1]);
@@ -263,6 +275,16 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
         accumulate_rows<T::kType, T::kCols, T::kRowBytes>(d_key, d_score, queries, j * 16);
       }
       bias_rows.next_tile();
+    };
+    int tile = 0;
+    bool low = arrive(tile);
+    while (tile < query_tiles) {
+      for (; tile < query_tiles && !low; low = ++tile < query_tiles && arrive(tile)) {
+        visit(tile, std::false_type());
+      }
+      for (; !T::kGeneral && low; low = ++tile < query_tiles && arrive(tile)) {
+        visit(tile, std::true_type());
+      }
     }
   }
 

@@ -67,6 +67,15 @@ struct QueryState {
     }
   }
 
+  TGA_DEVICE bool has_low_row() const {
+    bool low = false;
+    TGA_UNROLL
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      low |= is_low_row(shift[m][0]) || is_low_row(shift[m][1]);
+    }
+    return low;
+  }
+
   TGA_DEVICE void store(const BackwardParams& p, const SlabIndex& slab, int64_t batch_row, int head,
                         int first_query) const {
     const Lane lane = this_lane();
@@ -136,7 +145,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
   constexpr int kRowsAtOnce = T::kTeams * T::kGroup;
   const Lane lane = this_lane();
   const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
-  const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+  const float factor = score_factor<T>(p);
 
   const uint32_t ring_base = dev::shared_base() + Block::Plan::kBytes;
   typename Block::Plan plan(dev::shared_base());
@@ -164,6 +173,12 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
     for (int r = 0; r < T::kGroup; ++r) {
       state[r].load(p, place.slab, place.slab_number, team_row + r, head, first_query, team * T::kGroup + r < rows);
     }
+    bool low = false;
+    TGA_UNROLL
+    for (int r = 0; r < T::kGroup; ++r) {
+      low |= state[r].has_low_row();
+    }
+    low = dev::sync_block_any(low);
     ring.point_at(p, half_rows<T>(p.key, place.slab, team_row, kv_head),
                   half_rows<T>(p.value, place.slab, team_row, kv_head));
     const GeneralLogits<T::kType> logits(p, place.slab, team_row, head);
@@ -177,9 +192,9 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
       plan.build(mask, rows, panel, p.k_len);
       ring.restart();
       // Steps over the full tiles, then over the mixed ones, every team one tile ahead of the last. So that no two teams
-      // meet at a tile of the strip, there are as many steps as teams at least, some of them idle; full tiles too few for
-      // that are taken for mixed ones.
-      const int full = T::kGeneral || plan.full() < T::kTeams ? 0 : plan.full(), mixed = plan.total() - full;
+      // meet at a tile of the strip, there are as many steps as teams at least, some of them idle. Full tiles are taken
+      // for mixed ones where they are too few for that, or where a row is low.
+      const int full = T::kGeneral || low || plan.full() < T::kTeams ? 0 : plan.full(), mixed = plan.total() - full;
       const int steps = full + (T::kStrip && mixed > 0 && mixed < T::kTeams ? T::kTeams : mixed);
       constexpr uint32_t kIdle = 0xffffffffu;
       int turn = T::kStrip ? team : 0;
@@ -281,15 +296,10 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
                 for (int i = 0; i < 4; ++i) {
                   float s = score[m][i];
                   if constexpr (masked.value) {
-                    if (!(bits >> (i % 2) & 1)) {
-                      s = -INFINITY;
-                    } else if constexpr (T::kGeneral) {
-                      const int q = first_query + m * 16 + lane.row + i / 2 * 8,
-                                k = panel + key + first + lane.pair * 2 + i % 2;
-                      s = q < p.q_len ? logits(q, k, s * (p.scale * kLog2e)) : -INFINITY;
-                    }
+                    s = visible_score<T>(s, bits >> (i % 2) & 1, logits, p, first_query + m * 16 + lane.row + i / 2 * 8,
+                                         panel + key + first + lane.pair * 2 + i % 2);
                   }
-                  d[i] = dev::exp2(fmaf(s, factor, -state[r].shift[m][i / 2])) * d_prob[m][i];
+                  d[i] = probability<T, masked.value>(s, factor, state[r].shift[m][i / 2]) * d_prob[m][i];
                   if constexpr (T::kStrip) {
                     d_bias[m][i] += d[i];
                   }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The bias in score fragments, and the mask of a score tile.
+// The bias in score fragments.
 #pragma once
 
-#include "tile_plan.cuh"
+#include "logits.cuh"
 
 namespace torch_gated_attn::cuda {
 
@@ -96,47 +96,5 @@ struct NoBias {
 };
 template <class T>
 using FragmentBias = std::conditional_t<T::kBiasFragments, BiasRows<T>, NoBias<T>>;
-
-// The place of element `offset` of 2- or 4-byte elements; null stays null.
-TGA_DEVICE const void* element(const void* data, int64_t offset, bool is_float) {
-  return data == nullptr ? nullptr : static_cast<const char*>(data) + offset * (is_float ? 4 : 2);
-}
-
-// One element at a time, any strides, either type: the general kernels' access to bias and mask.
-template <DType kType>
-struct GeneralLogits {
-  const void* bias;     // of this batch entry and head, null without
-  const uint8_t* mask;  // likewise
-  int64_t bias_row, bias_col, mask_row, mask_col;
-  bool bias_is_float;
-
-  TGA_DEVICE GeneralLogits(const AttentionParams& p, const SlabIndex& slab, int64_t batch_row, int head)
-      : bias(element(p.bias.data, p.bias.offset(slab, batch_row, head), p.bias_is_float)),
-        mask(nullptr),
-        bias_row(p.bias.row),
-        bias_col(p.bias.col),
-        mask_row(p.mask.row),
-        mask_col(p.mask.col),
-        bias_is_float(p.bias_is_float) {
-    if (p.mask.data != nullptr) {
-      mask = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(slab, batch_row, head);
-    }
-  }
-
-  // The logit of an existing pair in units of log2, from its scaled product in the same units.
-  TGA_DEVICE float operator()(int64_t query, int64_t key, float product) const {
-    if (mask != nullptr && dev::load_global<uint8_t>(mask + query * mask_row + key * mask_col) == 0) {
-      return -INFINITY;
-    }
-    if (bias == nullptr) {
-      return product;
-    }
-    const int64_t at = query * bias_row + key * bias_col;
-    const float b = bias_is_float
-                        ? dev::load_global<float>(static_cast<const float*>(bias) + at)
-                        : dev::unpack<kType>(dev::load_global<uint16_t>(static_cast<const uint16_t*>(bias) + at)).x;
-    return dev::fma_toward_zero(b, kLog2e, product);
-  }
-};
 
 }  // namespace torch_gated_attn::cuda

@@ -46,6 +46,8 @@ TGA_DEVICE uint32_t shared_base() {
 }
 
 TGA_DEVICE void sync_block() { __syncthreads(); }
+// The same barrier; whether any thread of the block brought true.
+TGA_DEVICE bool sync_block_any(bool x) { return __syncthreads_or(x) != 0; }
 // Keeps the compiler from moving loads of shared memory further ahead than there are registers for.
 TGA_DEVICE void sync_warp() { __syncwarp(); }
 
@@ -101,15 +103,6 @@ TGA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   }
 }
 
-// The same with half the depth: d = a * b + c for a 16x8 tile a = {a0, a1} and an 8x8 tile b.
-template <DType kType>
-TGA_DEVICE void mma_8_deep(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const float (&c)[4]) {
-  static_assert(kType == DType::kBFloat16, "used for bfloat16 only");
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
 // Two floats rounded to nearest into one word, `low` in the lower half.
 template <DType kType>
 TGA_DEVICE uint32_t pack(float low, float high) {
@@ -141,6 +134,8 @@ TGA_DEVICE float log2(float x) { return ::log2f(x); }
 TGA_DEVICE double log2(double x) { return ::log2(x); }
 TGA_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 TGA_DEVICE double reciprocal(double x) { return 1.0 / x; }
+// A product rounded by itself: never fused with an addition, so that every kernel gets the same number.
+TGA_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 // Rounds toward zero: a finite product never becomes infinite, an infinite factor stays infinite.
 TGA_DEVICE float multiply_toward_zero(float x, float y) { return __fmul_rz(x, y); }
 TGA_DEVICE float fma_toward_zero(float x, float y, float z) { return __fmaf_rz(x, y, z); }

@@ -174,8 +174,7 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
   const int rows =
       p.batch.rows - place.first_row < T::kGroup ? static_cast<int>(p.batch.rows - place.first_row) : T::kGroup;
   const int kv_head = place.head / (p.heads / p.kv_heads);
-  // Fast kernels take |scale| into the exponent and its sign into the queries; the general one scales the scores.
-  const float factor = T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+  const float factor = score_factor<T>(p);
 
   RowState<T> state[T::kGroup];
   typename Block::Queries queries(dev::shared_base() + Block::Plan::kBytes + Block::kRingBytes);
@@ -257,14 +256,9 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
             for (int m = 0; m < T::kRowTiles; ++m) {
               TGA_UNROLL
               for (int e = 0; e < 4; ++e) {
-                float& s = score[m][n][e];
-                if (!(bits >> (e % 2) & 1)) {
-                  s = -INFINITY;
-                } else if constexpr (T::kGeneral) {
-                  const int q = first_query + m * 16 + lane.row + e / 2 * 8;
-                  s = q < p.q_len ? logits(q, panel + key + n * 8 + lane.pair * 2 + e % 2, s * (p.scale * kLog2e))
-                                  : -INFINITY;
-                }
+                score[m][n][e] = visible_score<T>(score[m][n][e], bits >> (e % 2) & 1, logits, p,
+                                                  first_query + m * 16 + lane.row + e / 2 * 8,
+                                                  panel + key + n * 8 + lane.pair * 2 + e % 2);
               }
             }
           }

@@ -10,6 +10,9 @@ namespace torch_gated_attn::cuda {
 template <DType kType, int kHeadDim>
 void launch_forward(const AttentionParams& p, BiasAccess access, bool share_bias, void* stream);
 
+// `elements` of the copy, of 4 bytes or of 2.
+void launch_copy_bias(const CopyBiasParams& p, int64_t elements, bool is_float, void* stream);
+
 // dO, delta, shifts, dGate; the reordered bias.
 template <DType kType, int kHeadDim>
 void launch_prepare_rows(const BackwardParams& p, void* stream);

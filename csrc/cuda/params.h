@@ -70,8 +70,9 @@ struct AttentionParams {
 // What the kernels of the backward know besides. Everything but the gradients is scratch, written by the prepare kernels:
 //
 //   core_grad  [slabs, rows, H, q_padded, head_dim]   dO = grad_out * sigmoid(gate), 16-bit, zeros past the ends
-//   row_terms  [slabs, rows, H, q_padded / 2, 8]      per pair of queries: -delta twice {a, b, a, b}, then the shifts {a,
-//   b} bias_t     [outer, bias heads, key tile, query tile, fragment]   the bias as fragments of the transposed scores
+//   row_terms  [slabs, rows, H, q_padded / 2, 8]      per pair of queries: -delta twice {a, b, a, b}, then the
+//              shifts {a, b} and 1 where the row is low, else 0
+//   bias_t     [outer, bias heads, key tile, query tile, fragment]   the bias as fragments of the transposed scores
 //   partial    [parts, outer, H, query tile, key tile, fragment]     sums of dBias over some of the batch rows, float32
 //
 // head_dim is the compiled width. A row's probability is 2^(logit - shift), shift being +inf for rows that attend nothing
@@ -87,6 +88,16 @@ struct BackwardParams : AttentionParams {
   bool d_gate_is_float = false, d_bias_is_float = false;
   bool grad_pairs_aligned = false;
   bool d_bias_direct = false;  // one part and nothing to sum: blocks store dBias themselves
+};
+
+// Arguments of copy_bias.cuh: the bias, and where its copy goes.
+struct CopyBiasParams {
+  Operand from;
+  void* to = nullptr;
+  int64_t slab_sizes[kMaxBatchDims] = {};
+  int64_t row_length = 0;  // of the copy: k_len, padded
+  int64_t first_block = 0;
+  int heads = 0, q_len = 0, k_len = 0;
 };
 
 // Arguments of the kernels for float32 and float64. Scratch of the backward:

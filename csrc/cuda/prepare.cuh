@@ -5,14 +5,11 @@
 #pragma once
 
 #include "gate.cuh"
+#include "scores_backward.cuh"
 
 namespace torch_gated_attn::cuda {
 
 constexpr int kPrepareThreads = 128;
-
-// Above this size of the shift, shift + log2(sum) would lose bits of the sum (float32 keeps 2^-10 at 2^13); the row's
-// probabilities then stay unnormalised and 1 / sum goes into dO and delta instead.
-constexpr float kLargestFoldedShift = 8192.0f;
 
 // `lanes` neighbouring threads take one row, 8 columns each.
 template <int kHeadDim>
@@ -68,7 +65,7 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
     const float max = dev::load_global<float>(static_cast<const float*>(p.row_max.data) +
                                               p.row_max.offset(slab, batch_row, head) + query * p.row_max.row);
     if (sum != 0.0f) {
-      const bool fold = fabsf(max) < kLargestFoldedShift;
+      const bool fold = !is_low_row(max);
       shift = fold ? max + dev::log2(sum) : max;
       normaliser = fold ? 1.0f : dev::reciprocal(sum);
     }
@@ -139,20 +136,7 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   dev::store_global(terms, negative_delta);
   dev::store_global(terms + 2, negative_delta);
   dev::store_global(terms + 4, shift);
-}
-
-// backward_key.cuh multiplies a bfloat16 bias on tensor cores, where an infinity would spoil its neighbours: -inf becomes
-// the lowest bfloat16, which overflows to -inf in the product as 1 / scale > 1, and a finite bias is held back from that.
-template <DType kType>
-TGA_DEVICE uint32_t harmless_bias(uint32_t half, float scale) {
-  if constexpr (kType == DType::kBFloat16) {
-    constexpr float kLargest = 3.3895313892515355e38f;
-    const float x = dev::unpack<kType>(half).x, bound = 0.99f * kLargest * fabsf(scale);
-    if (fabsf(x) > bound && x != INFINITY) {
-      return dev::pack<kType>(x == -INFINITY ? -kLargest : x < 0 ? -bound : bound, 0.0f);
-    }
-  }
-  return half;
+  dev::store_global(terms + 6, is_low_row(shift) ? 1.0f : 0.0f);
 }
 
 // One thread writes 16 bytes of the reordered bias: 4 floats, already divided by the scale, or 8 halves as they are.
@@ -192,7 +176,7 @@ transpose_bias_kernel(TGA_PARAMS BackwardParams p) {
     for (int e = 0; e < 8; ++e) {
       if (inside(e / 4, e % 4)) {
         const uint32_t half = dev::load_global<uint16_t>(static_cast<const uint16_t*>(p.bias.data) + at(e / 4, e % 4));
-        v[e / 2] |= harmless_bias<kType>(half, p.scale) << (e % 2 * 16);
+        v[e / 2] |= half << (e % 2 * 16);
       }
     }
     dev::store_global(static_cast<uint16_t*>(p.bias_t) + index * 8, Word4{v[0], v[1], v[2], v[3]});

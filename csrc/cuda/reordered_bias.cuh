@@ -8,48 +8,24 @@
 
 namespace torch_gated_attn::cuda {
 
-// Scales halves to the float32 C operands of a product.
+// C operand of half e of a 16x16 tile, from its bias in 16 bits: words 0 and 1 hold its left 16x8 half, 2 and 3 the right
+// one. The same multiplication as that of BiasRows, which the forward uses.
 template <DType kType>
-class BiasScaler {
- public:
-  TGA_DEVICE explicit BiasScaler(float inverse_scale) : inverse_scale_(inverse_scale) {
-    // Two bfloat16 hold 16 bits of 1 / scale: an error of 2^-17 of the bias.
-    const float high = dev::unpack<kType>(dev::pack<kType>(inverse_scale, 0.0f)).x;
-    const Lane lane = this_lane();
-    const auto diagonal = [&](float x) {
-      return dev::pack<kType>(lane.row == 2 * lane.pair ? x : 0.0f, lane.row == 2 * lane.pair + 1 ? x : 0.0f);
-    };
-    high_ = diagonal(high);
-    low_ = diagonal(inverse_scale - high);
+TGA_DEVICE void scale_bias(float (&c)[4], const uint32_t (&words)[4], int e, float inverse_scale) {
+  TGA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Float2 pair = dev::unpack<kType>(words[2 * e + i]);
+    c[2 * i] = dev::multiply_toward_zero(pair.x, inverse_scale);
+    c[2 * i + 1] = dev::multiply_toward_zero(pair.y, inverse_scale);
   }
-
-  // Half e of a 16x16 tile: words 0 and 1 hold its left 16x8 half, 2 and 3 the right one.
-  TGA_DEVICE void scale(float (&c)[4], const uint32_t (&words)[4], int e) const {
-    if constexpr (kType == DType::kBFloat16) {
-      // Times a diagonal matrix on tensor cores: two instructions for what takes eight others.
-      const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      dev::mma_8_deep<kType>(c, words[2 * e], words[2 * e + 1], high_, zero);
-      dev::mma_8_deep<kType>(c, words[2 * e], words[2 * e + 1], low_, c);
-    } else {
-      TGA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const Float2 pair = dev::unpack<kType>(words[2 * e + i]);
-        c[2 * i] = dev::multiply_toward_zero(pair.x, inverse_scale_);
-        c[2 * i + 1] = dev::multiply_toward_zero(pair.y, inverse_scale_);
-      }
-    }
-  }
-
- private:
-  float inverse_scale_;
-  uint32_t high_, low_;
-};
+}
 
 // Walks the bias of one head along the queries, for the key tiles of one warp: C operands of the transposed scores.
 template <class T>
 class BiasAlongQueries {
  public:
-  TGA_DEVICE BiasAlongQueries(const BackwardParams& p, int64_t entry, int first_key) : scaler_(1.0f / fabsf(p.scale)) {
+  TGA_DEVICE BiasAlongQueries(const BackwardParams& p, int64_t entry, int first_key)
+      : inverse_scale_(1.0f / fabsf(p.scale)) {
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       data_[m] = static_cast<const char*>(p.bias_t) +
@@ -72,8 +48,8 @@ class BiasAlongQueries {
     } else {
       const Word4 v = dev::load_global<Word4>(at);
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-      scaler_.scale(c[0], words, 0);
-      scaler_.scale(c[1], words, 1);
+      scale_bias<T::kType>(c[0], words, 0, inverse_scale_);
+      scale_bias<T::kType>(c[1], words, 1, inverse_scale_);
     }
   }
   TGA_DEVICE void next_tile() {
@@ -85,7 +61,7 @@ class BiasAlongQueries {
 
  private:
   static constexpr int kElementBytes = T::kBias == BiasAccess::kFloat ? 4 : 2;
-  BiasScaler<T::kType> scaler_;
+  float inverse_scale_;
   const char* data_[T::kRowTiles];
 };
 
@@ -94,7 +70,7 @@ template <class T>
 class BiasAlongKeys {
  public:
   TGA_DEVICE BiasAlongKeys(const BackwardParams& p, int64_t entry, int first_query)
-      : scaler_(1.0f / fabsf(p.scale)),
+      : inverse_scale_(1.0f / fabsf(p.scale)),
         key_tile_bytes_(p.q_padded * 32),
         data_(static_cast<const char*>(p.bias_t) + entry * p.k_padded * p.q_padded * 2 + first_query * 32 +
               this_lane().index * 16) {}
@@ -118,12 +94,12 @@ class BiasAlongKeys {
   TGA_DEVICE void operand(float (&c)[T::kRowTiles][4], const uint32_t (&words)[T::kRowTiles][4], int e) const {
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
-      scaler_.scale(c[m], words[m], e);
+      scale_bias<T::kType>(c[m], words[m], e, inverse_scale_);
     }
   }
 
  private:
-  BiasScaler<T::kType> scaler_;
+  float inverse_scale_;
   int key_tile_bytes_;
   const char* data_;
   const char* tile_ = nullptr;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <algorithm>
 
+#include "aligned_bias.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "make_params.h"
@@ -83,6 +84,10 @@ void run_backward(const Problem& problem, const Choice& choice, const Device& de
     constexpr int kHeadDim = dim_constant.value;
     const BiasAccess access = choice.access;
     launch_prepare_rows<kType, kHeadDim>(p, device.stream);
+    // A 16-bit bias is read in its reordered copy only, which is made element by element.
+    if (choice.copy_bias && access == BiasAccess::kFloat) {
+      p.bias = copy_bias(p, device);
+    }
     if (access == BiasAccess::kHalf || access == BiasAccess::kFloat) {
       const int64_t planes = outers * (p.bias.head == 0 ? 1 : p.heads);
       p.bias_t = device.allocate(planes * p.q_padded * p.k_padded * (p.bias_is_float ? 4 : 2));

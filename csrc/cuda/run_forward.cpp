@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include "aligned_bias.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "make_params.h"
@@ -25,6 +26,9 @@ void run_forward(const Problem& problem, const Choice& choice, const Device& dev
   }
   AttentionParams p = make_params(problem);
   p.aligned = choice.aligned;
+  if (choice.copy_bias) {
+    p.bias = copy_bias(p, device);
+  }
   dispatch_half(problem.dtype, choice.head_dim, [&](auto type, auto dim) {
     launch_forward<type.value, dim.value>(p, choice.access, choice.share_bias, device.stream);
   });

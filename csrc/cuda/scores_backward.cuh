@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The step all kernels of the backward share: from a pair of 8-wide score tiles S and dP = dO * V^T - delta to
-// P = 2^(S * factor - shift) and dS = P * dP.
+// What all kernels of the backward share: the terms of a row, P = 2^(logit - shift), and where dBias goes.
 #pragma once
 
 #include "bias.cuh"
@@ -25,6 +24,22 @@ struct RowTerms {
 TGA_DEVICE RowTerms load_row_terms(const float* terms, int query) {
   const float* pair = terms + query / 2 * 8 + query % 2;
   return {dev::load_global<float>(pair + 4), dev::load_global<float>(pair)};
+}
+
+// From this size of the shift on, shift + log2(sum) would lose bits of the sum (float32 keeps 2^-10 at 2^13): the row's
+// probabilities stay unnormalised, 1 / sum goes into dO and delta instead, and a fused multiply-add is no longer good
+// enough for the exponent. +inf is the shift of rows that attend nothing.
+constexpr float kLargestFoldedShift = 8192.0f;
+TGA_DEVICE bool is_low_row(float shift) { return fabsf(shift) >= kLargestFoldedShift && shift < INFINITY; }
+
+// 2^(logit - shift); kLow: right for low rows too, for an instruction more.
+template <class T, bool kLow>
+TGA_DEVICE float probability(float score, float factor, float shift) {
+  if constexpr (kLow || T::kGeneral) {
+    return exponential<T>(score, factor, shift);
+  } else {
+    return dev::exp2(fmaf(score, factor, -shift));
+  }
 }
 
 // Index of the bias (or dBias) of a slab and head among those that differ.

@@ -75,9 +75,6 @@ std::string why_general(const Problem& p) {
   if (p.bias.col != 1 && p.k_len > 1) {
     return "the bias is not contiguous along the keys";
   }
-  if (!starts_aligned(p, p.bias, p.heads, p.q_len, 2, p.bias_dtype == DType::kFloat32 ? 4 : 2)) {
-    return "the bias rows are not aligned to pairs";
-  }
   return "";
 }
 
@@ -156,6 +153,11 @@ Choice choose_forward(const Problem& problem, int arch) {
   choice.share_bias = sharing_pays(problem, choice.head_dim);
   choice.reason = choice.share_bias ? "the tensor-core kernel that shares the bias between batch rows"
                                     : "the tensor-core kernel with a bias per batch row";
+  if (!starts_aligned(problem, problem.bias, problem.heads, problem.q_len, 2,
+                      problem.bias_dtype == DType::kFloat32 ? 4 : 2)) {
+    choice.copy_bias = true;
+    choice.reason += ", on a copy of the bias whose rows are aligned";
+  }
   return choice;
 }
 

@@ -16,6 +16,7 @@ struct Choice {
   BiasAccess access = BiasAccess::kNone;
   int head_dim = 0;           // compiled width, >= head_dim and value_dim; 0 for kComposite
   bool share_bias = false;    // several batch rows per block
+  bool copy_bias = false;     // its rows are not aligned to pairs: the kernels read an aligned copy
   bool aligned = false;       // 16-byte copies are allowed
   bool grad_aligned = false;  // grad_out can be read by pairs
   std::string reason;         // one sentence for explain() and warnings

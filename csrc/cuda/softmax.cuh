@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Online softmax of score fragments. Everything is in units of log2: p = 2^(score * factor - shift).
+// Online softmax of score fragments. Everything is in units of log2: p = 2^(logit - shift).
 #pragma once
 
-#include "fragments.cuh"
+#include "logits.cuh"
 
 namespace torch_gated_attn::cuda {
 
@@ -18,7 +18,7 @@ struct RowState {
   float acc[T::kRowTiles][T::kCols][4];
   // Sums over this thread's columns; total() adds up the four threads of a row.
   float sum[T::kRowTiles][2];
-  // The largest score seen, or up to kShiftSlack less. It begins at the lowest float, not at -inf, so that the -inf of an
+  // The largest logit seen, or up to kShiftSlack less. It begins at the lowest float, not at -inf, so that the -inf of an
   // excluded key minus it is -inf.
   float shift[T::kRowTiles][2];
 
@@ -63,13 +63,14 @@ struct RowState {
     for (int i = 0; i < 2; ++i) {
       seen[i] = fmaxf(seen[i], dev::shuffle_xor(seen[i], 1));
       seen[i] = fmaxf(seen[i], dev::shuffle_xor(seen[i], 2));
-      raise[i] = fmaf(seen[i], factor, -shift[m][i]) > kShiftSlack;
+      seen[i] = logit<T>(seen[i], factor);
+      raise[i] = seen[i] - shift[m][i] > kShiftSlack;
     }
     if (dev::any(raise[0] || raise[1])) {
       float keep[2];
       TGA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const float raised = raise[i] ? seen[i] * factor : shift[m][i];
+        const float raised = raise[i] ? seen[i] : shift[m][i];
         keep[i] = dev::exp2(shift[m][i] - raised);
         shift[m][i] = raised;
       }
@@ -80,7 +81,7 @@ struct RowState {
       float e[4];
       TGA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        e[i] = dev::exp2(fmaf(score[n][i], factor, -shift[m][i / 2]));
+        e[i] = exponential<T>(score[n][i], factor, shift[m][i / 2]);
       }
       // Unrounded: lse is as accurate as float32 makes it.
       sum[m][0] += e[0] + e[1];

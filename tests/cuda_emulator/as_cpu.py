@@ -35,8 +35,8 @@ def readable_bias(bias, query):
 class Operator:
     """The two functional ops over one emulator library."""
 
-    def __init__(self, library, arch=90, seed=1):
-        self.library, self.arch, self.seed = library, arch, seed
+    def __init__(self, library, arch=90, seed=1, shared_bytes=0):
+        self.library, self.arch, self.seed, self.shared_bytes = library, arch, seed, shared_bytes
 
     def forward(self, query, key, value, gate, bias, mask, scale, masked_rows):
         shapes = torch.ops.torch_gated_attn._gated_attention_forward(
@@ -94,8 +94,10 @@ def as_cpu_kernels(operator):
     """Within, torch_gated_attn on CPU tensors runs the emulated CUDA kernels."""
     overrides = torch.library.Library("torch_gated_attn", "IMPL")
     try:
+        operator.library.emulator_limit_shared_bytes(operator.shared_bytes)
         overrides.impl("_gated_attention_forward", operator.forward, "CPU", allow_override=True)
         overrides.impl("_gated_attention_backward", operator.backward, "CPU", allow_override=True)
         yield
     finally:
+        operator.library.emulator_limit_shared_bytes(0)
         overrides._destroy()

@@ -46,6 +46,7 @@ struct Block {
       : index(index), threads(threads), warps(threads / 32), shared(shared_bytes, epoch) {}
   int index;
   int epoch = 1;
+  bool any_thread = false;  // of sync_block_any()
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   SharedMemory shared;

@@ -14,6 +14,7 @@ class Bug:
     right: str
     wrong: str
     masked: bool = True  # the inputs that show it have a mask
+    low: bool = False  # they have rows of very low logits
 
     def plant(self, folder):
         """A copy of csrc with this bug in it; the path of its cuda folder."""
@@ -41,7 +42,7 @@ BUGS = [
     ),
     Bug("accumulator not rescaled", "softmax.cuh", "acc[m][n][2] *= second;", ""),
     Bug("sum not rescaled", "softmax.cuh", "sum[m][1] *= second;", ""),
-    Bug("mask ignored", "forward.cuh", "if (!(bits >> (e % 2) & 1)) {", "if (false) {"),
+    Bug("mask ignored", "logits.cuh", "if (!attended) {", "if (false) {"),
     Bug(
         "teams not rotated over full tiles",
         "backward_query.cuh",
@@ -62,13 +63,42 @@ BUGS = [
     Bug(
         "shift of the wrong query",
         "backward_key.cuh",
-        "(i % 2 == 0 ? shift.x : shift.y)",
-        "(i / 2 == 0 ? shift.x : shift.y)",
+        "i % 2 == 0 ? shift.x : shift.y",
+        "i / 2 == 0 ? shift.x : shift.y",
     ),
     Bug(
         "read past the end",
         "fragments.cuh",
         "fragment[step][half * 2 + i] = row < rows ?",
         "fragment[step][half * 2 + i] = row <= rows ?",
+    ),
+    Bug(
+        "exponent by a fused multiply-add",
+        "logits.cuh",
+        "dev::exp2(logit<T>(score, factor) - shift)",
+        "dev::exp2(T::kGeneral ? score - shift : fmaf(score, factor, -shift))",
+        low=True,
+    ),
+    Bug(
+        "low rows overlooked, keys",
+        "backward_key.cuh",
+        "dev::sync_block_any(!T::kGeneral && ring.has_low_row())",
+        "dev::sync_block_any(false)",
+        low=True,
+    ),
+    Bug(
+        "low rows overlooked, queries",
+        "backward_query.cuh",
+        "T::kGeneral || low ||",
+        "T::kGeneral ||",
+        masked=False,
+        low=True,
+    ),
+    Bug(
+        "bias scaled otherwise in the backward",
+        "reordered_bias.cuh",
+        "c[2 * i] = dev::multiply_toward_zero(pair.x, inverse_scale);",
+        "c[2 * i] = pair.x * (inverse_scale * 1.00001f);",
+        low=True,
     ),
 ]

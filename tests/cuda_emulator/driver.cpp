@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The C functions through which tests/test_cuda_emulator.py runs the CUDA kernels on the host.
+#include <cxxabi.h>
+#include <dlfcn.h>
+
 #include <string>
 
 #include "device.cuh"
@@ -18,6 +21,7 @@ const char* guarded(Run run) {
   text.clear();
   emulator::report = {};
   emulator::first_finding.clear();
+  emulator::launched.clear();
   try {
     run();
     text = emulator::first_finding;
@@ -37,6 +41,22 @@ const emulator::Report* emulator_report() { return &emulator::report; }
 // A range the next kernels may touch; forgotten after one call.
 void emulator_allow(const void* data, size_t bytes, int writable) {
   emulator::global_memory.allow(data, bytes, writable != 0);
+}
+
+// As if the device had this much shared memory for a block; 0: as much as its architecture has.
+void emulator_limit_shared_bytes(int bytes) { emulator::shared_bytes_limit = bytes; }
+
+// The kernels of the last call, one to a line.
+const char* emulator_launched() {
+  text.clear();
+  for (void* kernel : emulator::launched) {
+    Dl_info info = {};
+    dladdr(kernel, &info);
+    char* name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+    text += std::string(name == nullptr ? "?" : name) + '\n';
+    std::free(name);
+  }
+  return text.c_str();
 }
 
 // Both return the first finding, empty if there is none.

@@ -5,12 +5,14 @@
 #pragma once
 
 #include <cmath>
+#include <set>
 
 #include "block.h"
 
 namespace emulator {
 
 inline unsigned schedule_seed = 1;
+inline std::set<void*> launched;  // addresses of the kernels of this call
 
 enum Operation { kLdmatrix = 1, kLdmatrixTransposed, kMma, kShuffle, kVote, kTranspose };
 
@@ -104,6 +106,15 @@ inline void sync_warp() {
   emulator::collective(emulator::kVote, [](emulator::Warp&) {});
 }
 inline void sync_block() { emulator::suspend(emulator::State::kAtBarrier); }
+inline bool sync_block_any(bool x) {
+  emulator::block->any_thread |= x;
+  sync_block();
+  const bool any = emulator::block->any_thread;
+  sync_block();
+  emulator::block->any_thread = false;
+  sync_block();
+  return any;
+}
 
 inline void copy_async_part(uint32_t shared, const void* global, int bytes) {
   emulator::Copy copy = {shared, {}};
@@ -160,13 +171,6 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const 
   std::memcpy(d, mine.out_float[lane], 16);
 }
 
-// The upper half of the depth is zero, which adds nothing.
-template <DType kType>
-void mma_8_deep(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const float (&c)[4]) {
-  const uint32_t a[4] = {a0, a1, 0, 0};
-  mma<kType>(d, a, b, 0, c);
-}
-
 template <DType kType>
 uint32_t pack(float low, float high) {
   const auto convert = kType == DType::kBFloat16 ? emulator::to_bfloat16 : emulator::to_float16;
@@ -193,6 +197,7 @@ inline float toward_zero(double exact) {
   const float nearest = static_cast<float>(exact);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
 }
+inline float multiply(float x, float y) { return x * y; }
 inline float multiply_toward_zero(float x, float y) { return toward_zero(static_cast<double>(x) * y); }
 inline float fma_toward_zero(float x, float y, float z) { return toward_zero(static_cast<double>(x) * y + z); }
 // Nearest is as good but for overflow, which here must stop at the largest finite number.
@@ -273,6 +278,7 @@ void store_shared(uint32_t address, T value) {
 
 template <class Params>
 void launch(void (*kernel)(Params), Params params, int64_t blocks, int threads, size_t shared_bytes, void*, const char*) {
+  emulator::launched.insert(reinterpret_cast<void*>(kernel));
   std::mt19937 random(emulator::schedule_seed);
   params.first_block = 0;
   const std::function<void()> body = [&] { kernel(params); };

@@ -30,10 +30,16 @@ class Scratch {
   std::vector<std::unique_ptr<char[]>> buffers_;
 };
 
+// Shared memory of a block; 0: that of the architecture.
+inline int shared_bytes_limit = 0;
+
 inline torch_gated_attn::cuda::Device emulated_device(int arch, Scratch& scratch) {
   torch_gated_attn::cuda::Device device;
   device.arch = arch;
   device.shared_bytes = arch == 80 ? 163 * 1024 : arch == 90 ? 227 * 1024 : 99 * 1024;
+  if (shared_bytes_limit != 0) {
+    device.shared_bytes = shared_bytes_limit;
+  }
   device.multiprocessors = 4;
   device.allocate = [&scratch](size_t bytes) { return scratch.allocate(bytes); };
   return device;

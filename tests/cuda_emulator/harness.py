@@ -6,6 +6,9 @@ import math
 
 import torch
 
+from . import kernels
+
+LAUNCHED: set[kernels.Kernel] = set()  # by all calls so far; who wants to know clears it
 MAX_BATCH_DIMS = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -106,6 +109,7 @@ class Call:
         for tensor, size, writable in self.kept:
             self.library.emulator_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size), int(writable))
         message = function(ctypes.byref(self.problem), *arguments).decode()
+        LAUNCHED.update(kernels.parse(self.library.emulator_launched().decode()))
         report = self.library.emulator_report().contents
         if message or report.findings():
             raise Finding(f"{message} {report.findings()}")
@@ -115,7 +119,7 @@ class Call:
 def load(path):
     library = ctypes.CDLL(str(path))
     library.emulator_report.restype = ctypes.POINTER(Report)
-    for name in ("emulator_forward", "emulator_backward", "emulator_explain"):
+    for name in ("emulator_forward", "emulator_backward", "emulator_explain", "emulator_launched"):
         if hasattr(library, name):
             getattr(library, name).restype = ctypes.c_char_p
     assert library.emulator_problem_bytes() == ctypes.sizeof(Problem), "harness.py and csrc/problem.h disagree"
@@ -172,11 +176,11 @@ def backward(
     gradients = {n: poisoned(tensors[n].shape, tensors[n].dtype) for n in NAMES if n in wanted and tensors[n] is not None}
     reduced_gate = False
     if "gate" in gradients:
-        # As the launcher does: a gate broadcast along anything but its columns is summed outside, in float32.
+        # As the launcher does: a gate broadcast along anything but its columns is summed outside, in the accumulation type.
         full = tuple(call.shapes["out"])
         reduced_gate = tuple(gate.shape) not in (full, (*full[:-1], 1))
         if reduced_gate:
-            gradients["gate"] = poisoned((*full[:-1], gate.shape[-1] if gate.dim() else 1), torch.float32)
+            gradients["gate"] = poisoned((*full[:-1], gate.shape[-1] if gate.dim() else 1), row_max.dtype)
     for name, gradient in gradients.items():
         setattr(p, f"d_{name}", call.view(gradient, shapes[name], writable=True))
     call.run(library.emulator_backward, arch, seed, int(reduced_gate))

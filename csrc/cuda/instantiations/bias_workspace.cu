@@ -2,6 +2,7 @@
 //
 // The kernels around the bias that do not depend on head_dim.
 #include "../backward_bias.cuh"
+#include "../copy_bias.cuh"
 #include "../kernels.h"
 #include "../prepare.cuh"
 
@@ -24,6 +25,11 @@ void launch_reduce_bias(const BackwardParams& p, void* stream) {
   const int64_t elements = p.batch.slabs / p.batch.slabs_per_outer * heads * queries * keys;
   dev::launch(reduce_bias_kernel<kType>, p, (elements + 127) / 128, 128, 0, stream,
               "the kernel that sums the bias gradient");
+}
+
+void launch_copy_bias(const CopyBiasParams& p, int64_t elements, bool is_float, void* stream) {
+  dev::launch(is_float ? copy_bias_kernel<float> : copy_bias_kernel<uint16_t>, p,
+              (elements + kCopyThreads - 1) / kCopyThreads, kCopyThreads, 0, stream, "the kernel that copies the bias");
 }
 
 template void launch_transpose_bias<DType::kBFloat16>(const BackwardParams&, void*);

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// From a score, the accumulator of the product of queries and keys, to a logit and to 2^(logit - shift). All kernels come
+// here, so that the backward finds the very logits whose sums the forward has stored.
+#pragma once
+
+#include "fragments.cuh"
+
+namespace torch_gated_attn::cuda {
+
+// The place of element `offset` of 2- or 4-byte elements; null stays null.
+TGA_DEVICE const void* element(const void* data, int64_t offset, bool is_float) {
+  return data == nullptr ? nullptr : static_cast<const char*>(data) + offset * (is_float ? 4 : 2);
+}
+
+// One element at a time, any strides, either type: the general kernels' access to bias and mask.
+template <DType kType>
+struct GeneralLogits {
+  const void* bias;     // of this batch entry and head, null without
+  const uint8_t* mask;  // likewise
+  int64_t bias_row, bias_col, mask_row, mask_col;
+  bool bias_is_float;
+
+  TGA_DEVICE GeneralLogits(const AttentionParams& p, const SlabIndex& slab, int64_t batch_row, int head)
+      : bias(element(p.bias.data, p.bias.offset(slab, batch_row, head), p.bias_is_float)),
+        mask(nullptr),
+        bias_row(p.bias.row),
+        bias_col(p.bias.col),
+        mask_row(p.mask.row),
+        mask_col(p.mask.col),
+        bias_is_float(p.bias_is_float) {
+    if (p.mask.data != nullptr) {
+      mask = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(slab, batch_row, head);
+    }
+  }
+
+  // The logit of an existing pair in units of log2, from its scaled product in the same units.
+  TGA_DEVICE float operator()(int64_t query, int64_t key, float product) const {
+    if (mask != nullptr && dev::load_global<uint8_t>(mask + query * mask_row + key * mask_col) == 0) {
+      return -INFINITY;
+    }
+    if (bias == nullptr) {
+      return product;
+    }
+    const int64_t at = query * bias_row + key * bias_col;
+    const float b = bias_is_float
+                        ? dev::load_global<float>(static_cast<const float*>(bias) + at)
+                        : dev::unpack<kType>(dev::load_global<uint16_t>(static_cast<const uint16_t*>(bias) + at)).x;
+    return dev::fma_toward_zero(b, kLog2e, product);
+  }
+};
+
+// The score of a pair that may be excluded; of a general kernel its logit. `attended`: what the kernel knows of keys.
+template <class T>
+TGA_DEVICE float visible_score(float score, bool attended, const GeneralLogits<T::kType>& general, const AttentionParams& p,
+                               int query, int key) {
+  if (!attended) {
+    return -INFINITY;
+  }
+  if constexpr (T::kGeneral) {
+    return query < p.q_len ? general(query, key, dev::multiply(score, p.scale * kLog2e)) : -INFINITY;
+  }
+  return score;
+}
+
+// What turns scores into logits in units of log2: |scale| goes into the exponent and its sign into the queries or keys;
+// the general kernels' scores are logits.
+template <class T>
+TGA_DEVICE float score_factor(const AttentionParams& p) {
+  return T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+}
+template <class T>
+TGA_DEVICE float logit(float score, float factor) {
+  return T::kGeneral ? score : dev::multiply(score, factor);
+}
+
+// 2^(logit - shift). The logit is rounded like the largest one of its row, which the shift is: in a row of very low logits
+// a fused multiply-add would leave the rounding of the largest, of any size, as an exponent.
+template <class T>
+TGA_DEVICE float exponential(float score, float factor, float shift) {
+  return dev::exp2(logit<T>(score, factor) - shift);
+}
+
+}  // namespace torch_gated_attn::cuda
