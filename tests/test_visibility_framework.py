@@ -46,7 +46,7 @@ def test_derivatives_of_every_order(device, seen, q):
     call = lambda *args: gated_attention(*args, inputs.mask, **inputs.options)  # noqa: E731
     leaves = leaves_of(inputs)
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("seen", SEEN)
