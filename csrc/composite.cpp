@@ -171,8 +171,7 @@ Gradients backward_composite(const BackwardArguments& c) {
   if (c.grad_mask[1]) d_key = sum_head_groups(at::matmul(transposed(d_logits), a.query) * a.scale, c.key);
   if (c.grad_mask[2]) {
     auto d_values = at::matmul(transposed(probabilities), d_result);
-    if (c.masked_rows == "mean")
-      d_values = d_values + d_result.masked_fill(dead.logical_not(), 0).sum(-2, true) / a.keys;
+    if (c.masked_rows == "mean") d_values = d_values + d_result.masked_fill(dead.logical_not(), 0).sum(-2, true) / a.keys;
     d_value = sum_head_groups(d_values, c.value);
   }
   // From the gated output, as in the kernels: also where these keys are not all the keys, or there are none.

@@ -57,7 +57,7 @@ class Inputs:
 
     @property
     def options(self) -> dict[str, object]:
-        """Those of visibility only where they say something: to most of the functions that are compared they are unknown."""
+        """Those of visibility only where they say something: most functions that are compared do not know them."""
         options: dict[str, object] = {"scale": self.scale, "masked_rows": self.masked_rows}
         if self.visibility != (False, None, None):
             options |= dict(zip(("is_causal", "window", "key_lengths"), self.visibility, strict=True))

@@ -165,7 +165,14 @@ def test_exceptions_in_threads_propagate():
                 assert_identical(expected, future.result(timeout=300), "beside a failing call")
 
 
-FILES = ("test_numerics.py", "test_masks.py", "test_special.py", "test_protected_pages.py", "test_visibility.py")
+FILES = (
+    "test_numerics.py",
+    "test_masks.py",
+    "test_special.py",
+    "test_protected_pages.py",
+    "test_visibility.py",
+    "test_hidden_keys.py",
+)
 ACCURACY = (
     "head_dims or heads_and_batch or diagonal or fully_masked or leave_no_trace or every_subset or large_logits "
     "or protected_pages or random_calls_around_tiles or in_parts or block_sparse"

@@ -94,7 +94,12 @@ def test_details_of_a_gpu_kernel():
         ({}, (), "query per lane", "more queries share a key head than the path for few takes"),
         ({"q": 4, "bias": (1, 2, 4, 24)}, (), "few queries", "at most 4 queries share a key head"),
         ({"q": 5, "bias": (1, 2, 5, 24)}, (), "query per lane", "more queries share a key head"),
-        ({"q": 3, "bias": (1, 2, 3, 24), "kv_heads": 1}, (), "query per lane", "more queries share a key head"),  # 6 with both heads
+        (
+            {"q": 3, "bias": (1, 2, 3, 24), "kv_heads": 1},
+            (),
+            "query per lane",
+            "more queries share a key head",
+        ),  # 6 with both heads
         ({"q": 4, "bias": (1, 2, 4, 24)}, ("query",), "few queries", "at most 4 queries"),
         ({"q": 4, "bias": (1, 2, 4, 24)}, ("bias",), "few queries", "at most 4 queries"),
     ],

@@ -100,7 +100,7 @@ int main() {
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is missing")
 def test_ranges_and_covers_are_what_each_pair_says(tmp_path):
-    """Every length up to 7, window, key length, range and tile; undefined behaviour, such as an overflow, ends the program."""
+    """Every length up to 7, window, key length, range and tile; an overflow would end the program."""
     source, program = tmp_path / "check.cpp", tmp_path / "check"
     source.write_text(PROGRAM)
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]

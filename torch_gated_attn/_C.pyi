@@ -11,6 +11,9 @@ def explain(
     tensors: list[Layout | None],
     scale: float | None,
     masked_rows: str,
+    is_causal: bool,
+    window: int | None,
+    bias_requires_grad: bool,
     grad_mask: list[bool],
     arch: int | None,
 ) -> tuple[str, str, dict[str, str]]: ...
