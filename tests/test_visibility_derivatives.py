@@ -17,6 +17,7 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+@TORCHSCRIPT
 @pytest.mark.parametrize(("seen", "q"), [("causal", 3), ("window", 5), ("lengths", 2), ("all", 3)])
 def test_derivatives_of_every_order(device, seen, q):
     """Against finite differences; with five queries to four keys, or a length of 2, some rows see nothing."""
