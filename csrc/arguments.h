@@ -39,7 +39,8 @@ constexpr const char* kForwardSchema =
     "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? bias, Tensor? mask, float? scale, str masked_rows, "
     "bool is_causal=False, int? window=None, Tensor? key_lengths=None)";
 constexpr const char* kBackwardSchema =
-    "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? bias, Tensor? mask, "
+    "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? bias, Tensor? "
+    "mask, "
     "Tensor out, Tensor row_max, Tensor row_sum, float? scale, str masked_rows, bool[5] grad_mask, bool is_causal=False, "
     "int? window=None, Tensor? key_lengths=None)";
 

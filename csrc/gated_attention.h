@@ -34,14 +34,13 @@ namespace torch_gated_attn {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Query i stands at key position K - Q + i: with is_causal it attends to no key behind it, with a window (which needs
-// is_causal) to the last `window` keys only, its own position included. Tiles in which nothing is attended are not computed.
-// Rows with no attended key: masked_rows = "zero" gives 0, "mean" gives sigmoid(gate) * mean of all values.
+// is_causal) to the last `window` keys only, its own position included. Tiles in which nothing is attended are not
+// computed. Rows with no attended key: masked_rows = "zero" gives 0, "mean" gives sigmoid(gate) * mean of all values.
 TORCH_GATED_ATTN_API at::Tensor gated_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                                 const OptionalTensor& gate = {}, const OptionalTensor& bias = {},
                                                 const OptionalTensor& mask = {}, std::optional<double> scale = {},
                                                 c10::string_view masked_rows = "zero", bool is_causal = false,
-                                                std::optional<int64_t> window = {},
-                                                const OptionalTensor& key_lengths = {});
+                                                std::optional<int64_t> window = {}, const OptionalTensor& key_lengths = {});
 
 TORCH_GATED_ATTN_API std::tuple<at::Tensor, at::Tensor> gated_attention_with_lse(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& gate = {},
@@ -56,8 +55,8 @@ std::tuple<at::Tensor, at::Tensor> gate_output_backward(const at::Tensor& grad, 
                                                         const at::Tensor& gate, std::array<bool, 2> grad_mask);
 
 // What the functional ops that carry the work return (arguments.h). row_max and row_sum [*, H, Q] are private residuals of
-// the backward: a shift m within a few units of the row's largest logit, in units of log2, and sum_j 2^(s_ij * log2(e) - m);
-// lse follows from them.
+// the backward: a shift m within a few units of the row's largest logit, in units of log2, and sum_j 2^(s_ij * log2(e) -
+// m); lse follows from them.
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // out, lse, row_max, row_sum
 // Gradients of query, key, value, gate, bias, in this order; undefined where nobody asked.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

@@ -18,8 +18,8 @@ struct PreparedForward {
   std::optional<Problem> problem;  // none: the formula has to take the call
   Operands operands;
 
-  ForwardResult finish();                           // when the kernels have run
-  ForwardResult by_formula(const Arguments& a);     // instead of them
+  ForwardResult finish();                        // when the kernels have run
+  ForwardResult by_formula(const Arguments& a);  // instead of them
 };
 
 struct PreparedBackward {
@@ -37,6 +37,7 @@ struct PreparedBackward {
 };
 
 // Why `problem` is none.
-constexpr const char* kTooManyDims = "more batch dimensions than kernels walk remain after those that all arguments walk alike are merged";
+constexpr const char* kTooManyDims =
+    "more batch dimensions than kernels walk remain after those that all arguments walk alike are merged";
 
 }  // namespace torch_gated_attn

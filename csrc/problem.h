@@ -65,8 +65,8 @@ inline Visibility<int64_t> visibility(const Problem& p, int64_t offset) {
 }
 // So few queries per key/value head that they get a path of their own (cpu/few_queries_*.h), whose units take all heads of
 // their rows: where a lane per query would leave most idle, and twice as many where a lane per dimension leaves none idle,
-// so that decoding with grouped heads reads its cache at the speed of memory. Whatever gradients are wanted: a backward must
-// repeat the scores of the forward, whose sums it divides by.
+// so that decoding with grouped heads reads its cache at the speed of memory. Whatever gradients are wanted: a backward
+// must repeat the scores of the forward, whose sums it divides by.
 constexpr int64_t kFewQueries = 4, kFewWideQueries = 8, kWideHead = 64;
 inline bool has_few_queries(const Problem& p) {
   const int64_t queries = p.heads / p.kv_heads * p.q_len;

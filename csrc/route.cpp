@@ -19,9 +19,7 @@ bool wide(const Arguments& a) { return known_less(c10::SymInt(cuda::kMaxHeadDim)
 
 }  // namespace
 
-bool may_leave_fused(const Arguments& a) {
-  return a.query.defined() && a.query.is_cuda() && a.query.dim() > 0 && wide(a);
-}
+bool may_leave_fused(const Arguments& a) { return a.query.defined() && a.query.is_cuda() && a.query.dim() > 0 && wide(a); }
 
 Route choose_core(const Arguments& a, c10::DeviceType device, bool bias_requires_grad) {
   const auto fused = [](const char* reason) { return Route{Core::kFused, reason}; };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What computes the core of a call: the fused operator, or PyTorch's own attention followed by one gating pass. Asked by the
-// public operator, so that every way to it agrees, and by explain().
+// What computes the core of a call: the fused operator, or PyTorch's own attention followed by one gating pass. Asked by
+// the public operator, so that every way to it agrees, and by explain().
 #pragma once
 
 #include <c10/core/DeviceType.h>

@@ -21,6 +21,11 @@ def run_example(page: str, block: str) -> dict[str, Any]:
     return namespace
 
 
+def is_for_several_processes(page: str) -> bool:
+    """Its blocks are one program that torchrun starts, so test_distributed_docs.py runs them."""
+    return page == "docs/distributed.md"
+
+
 def makes_package(block: str) -> bool:
     """Compiling a package takes long, so test_deployment.py runs that example, and uses what it makes."""
     return "aoti_compile_and_package" in block

@@ -144,7 +144,7 @@ def test_plot_is_written(results):
     ("arguments", "message"),
     [
         (["--workloads", "Z9"], "--workloads must be among T1, T2"),
-        (["--dtypes", "float8"], "--dtypes must be among float32, bfloat16, got float8"),
+        (["--dtypes", "float8"], "--dtypes must be among float32, bfloat16, float16, float64, got float8"),
         (["--repeat", "0"], "--repeat and --threads must be at least 1"),
         (["--device", "cuda", "--memory"], "--peak and --memory measure the CPU, not --device cuda"),
     ],

@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, blocks, makes_package, run_example
+from pages import ROOT, blocks, is_for_several_processes, makes_package, run_example
 
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
-EXAMPLES = [(page, block) for page in PAGES for block in blocks(page) if not makes_package(block)]
+ALONE = [page for page in PAGES if not is_for_several_processes(page)]
+EXAMPLES = [(page, block) for page in ALONE for block in blocks(page) if not makes_package(block)]
 SHELL = re.compile(r"^( *)```sh\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NAMED_TEST = re.compile(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`")
 

@@ -11,7 +11,14 @@ from pathlib import Path
 # The library finds torch's own libraries in the process that imports it.
 BUNDLED = re.compile(r"lib(torch|c10|cudart|cublas|cudnn|gomp|stdc\+\+)|\.libs/")
 FOREIGN = re.compile(r"(^|/)(tests?|benchmarks|examples|docs|csrc|build)/|\.(cpp|cu|cuh|h|o|pyc)$")
-WANTED = {"py.typed", "_C.pyi", "_bench/workloads.json", "cli/app.py", "integrations/__init__.py"}
+WANTED = {
+    "py.typed",
+    "_C.pyi",
+    "_bench/workloads.json",
+    "cli/app.py",
+    "distributed/__init__.py",
+    "integrations/__init__.py",
+}
 # The kernels of one instruction set are about 1 MiB, those of one CUDA architecture, compressed, some 5.
 LARGEST_MIB = {"cpu": 20, "cuda": 80}
 

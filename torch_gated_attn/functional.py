@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _context_parallel
 from ._arguments import check_call, check_tensor
 
 __all__ = ["gate_output", "gated_attention", "gated_attention_with_lse"]
@@ -72,6 +73,7 @@ def gated_attention(
     operator. :func:`explain` says which.
     """
     check_call(query, key, value, gate, bias, mask, key_lengths, scale)
+    _context_parallel.refuse()
     out: Tensor = torch.ops.torch_gated_attn.gated_attention(
         query,
         key,
@@ -113,6 +115,7 @@ def gated_attention_with_lse(
         differentiable too. Where a row attends to no key, lse is -inf and has no gradient.
     """
     check_call(query, key, value, gate, bias, mask, key_lengths, scale)
+    _context_parallel.refuse()
     out, lse = torch.ops.torch_gated_attn.gated_attention_with_lse(
         query,
         key,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _arrays
+from . import _arrays, _context_parallel
 from ._arguments import check_tensor
 from ._linear import Linear, haiku_limit
 
@@ -125,6 +125,7 @@ class GatedAttention(nn.Module):
         key_lengths: Tensor | None = None,
     ) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            _context_parallel.refuse()
             check_tensor("q_data", q_data)
             check_tensor("m_data", m_data, optional=True)
             check_tensor("mask", mask, optional=True)

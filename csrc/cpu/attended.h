@@ -41,7 +41,8 @@ class Attended {
   }
 
   // For the listed keys of one row. `mask` points at the first key of query 0 of the group's first head.
-  void start(const Visibility<int64_t>& visibility, const Lanes& lanes, const int32_t* key, int count, const uint8_t* mask) {
+  void start(const Visibility<int64_t>& visibility, const Lanes& lanes, const int32_t* key, int count,
+             const uint8_t* mask) {
     lanes_ = &lanes, key_ = key, count_ = count, mask_ = by_mask_ ? mask : nullptr;
     if (!p_.is_causal) return;
     int first = 0, end = 0;
@@ -73,8 +74,8 @@ class Attended {
     uint32_t some_attended = 0, all_attended = exist;
     for (int i = 0; i < block_; ++i) {
       const int lane = s * block_ + i;
-      uint32_t bits = exist & bits_of_set(mask_ + lanes_->lane[lane].offset(p_.mask) + key_[first] * p_.mask.col,
-                                          p_.mask.col, keys);
+      uint32_t bits =
+          exist & bits_of_set(mask_ + lanes_->lane[lane].offset(p_.mask) + key_[first] * p_.mask.col, p_.mask.col, keys);
       if (!all) bits &= seen_bits(lane, first);
       bits_[i] = bits;
       some_attended |= bits, all_attended &= bits;
@@ -119,9 +120,9 @@ class Attended {
   const int32_t* key_ = nullptr;
   int count_ = 0;
   const uint8_t* mask_ = nullptr;
-  int32_t *begin_ = nullptr, *end_ = nullptr;            // [lane] listed keys that it sees
-  Range<int32_t>*some_ = nullptr, *all_ = nullptr;       // [sub-block] that some lane, that every lane sees
-  uint32_t* bits_ = nullptr;                             // [block] of the last tile
-  A* tile_ = nullptr;                                    // [kTileKeys][block]
+  int32_t *begin_ = nullptr, *end_ = nullptr;       // [lane] listed keys that it sees
+  Range<int32_t>*some_ = nullptr, *all_ = nullptr;  // [sub-block] that some lane, that every lane sees
+  uint32_t* bits_ = nullptr;                        // [block] of the last tile
+  A* tile_ = nullptr;                               // [kTileKeys][block]
   int32_t tile_row_[kTileKeys];
 };

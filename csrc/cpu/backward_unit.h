@@ -283,8 +283,8 @@ class BackwardUnit {
     }
   }
 
-  // Accumulated rows of the listed keys, to d_key or d_value or a part of them; times `factor`; keys that are not listed get
-  // `mean` (or 0).
+  // Accumulated rows of the listed keys, to d_key or d_value or a part of them; times `factor`; keys that are not listed
+  // get `mean` (or 0).
   template <class R>
   void store_rows(const A* acc, int64_t stride, int dim, double factor, const A* mean, R* base, int64_t base_stride) const {
     const bool two = interleaved<A>(dim);

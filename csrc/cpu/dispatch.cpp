@@ -57,7 +57,8 @@ const CpuKernels& cpu_kernels() {
 const char* cpu_capability() { return cpu_kernels().name; }
 
 CpuChoice choose_cpu(const Problem& p) {
-  if (has_few_queries(p)) return {"few queries", "at most 4 queries share a key head, or 8 of head_dim 64 or more: a lane is a dimension"};
+  if (has_few_queries(p))
+    return {"few queries", "at most 4 queries share a key head, or 8 of head_dim 64 or more: a lane is a dimension"};
   return {"query per lane", "more queries share a key head than the path for few takes: each has a lane of a vector"};
 }
 static_assert(kFewQueries == 4 && kFewWideQueries == 8 && kWideHead == 64, "the sentences above say so");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Backward for a handful of queries per key/value head. Its forward is few_queries_forward.h; here each query walks the keys
-// by itself and keeps a row of scores, the same to the last bit. The formulas are those of backward_block.h.
+// Backward for a handful of queries per key/value head. Its forward is few_queries_forward.h; here each query walks the
+// keys by itself and keeps a row of scores, the same to the last bit. The formulas are those of backward_block.h.
 
 // One query: its attended keys and their scores.
 template <class T, class A>
@@ -22,7 +22,8 @@ class QueryScores {
     for (int32_t j = static_cast<int32_t>(seen.begin); j < seen.end; ++j) {
       if (mask && !mask[j * p_.mask.col]) continue;
       key[count] = j;
-      score[count++] = dot(query_, keys + j * p_.key.row, p_.head_dim) + bias_logit<T, A>(p_, bias_offset + j * p_.bias.col);
+      score[count++] =
+          dot(query_, keys + j * p_.key.row, p_.head_dim) + bias_logit<T, A>(p_, bias_offset + j * p_.bias.col);
     }
     for (int i = count; i < count + kLanes<A>; ++i) score[i] = -kInf<A>;
   }

@@ -2,8 +2,8 @@
 //
 // Forward for a handful of queries per key/value head (pointwise attention over templates, decoding one token). A lane per
 // query would leave most lanes idle, so here a lane is a dimension: scores are horizontal sums, kLanes of them at a time.
-// Keys come in blocks that stay in the first-level cache until every query has read them and their values, so memory is read
-// once, in order. The formulas are those of forward_block.h.
+// Keys come in blocks that stay in the first-level cache until every query has read them and their values, so memory is
+// read once, in order. The formulas are those of forward_block.h.
 
 // The logit that a bias adds, in log2 units.
 template <class T, class A>
@@ -50,14 +50,14 @@ class KeyBlock {
   static constexpr int kQueries = W >= 16 ? 4 : W >= 4 ? 2 : 1;
 
   // Keys of a block: rows of a key or value, as they lie in memory, fill half of a first-level cache of 32 KiB.
-  static int64_t most_keys(const Problem& p) {
+  static int64_t most_keys_of(const Problem& p) {
     const int64_t bytes = (p.head_dim > p.value_dim ? p.head_dim : p.value_dim) * static_cast<int64_t>(sizeof(T));
     const int64_t keys = (16 << 10) / (bytes > 0 ? bytes : 1) / W * W;
     return keys < W ? W : keys < 256 ? keys : 256;
   }
 
   KeyBlock(const Problem& p, int queries, Carver& c)
-      : p_(p), queries_(queries), stride_(most_keys(p) + W), dim_(padded(p.head_dim)) {
+      : most_keys(most_keys_of(p)), p_(p), queries_(queries), stride_(most_keys + W), dim_(padded(p.head_dim)) {
     key = c.take<int32_t>(stride_ + kLanes<float>);  // indices_of_set writes whole vectors
     score_ = c.take<A>((queries + kQueries) * stride_);
     query_ = c.take<A>((queries + kQueries) * dim_);
@@ -91,7 +91,7 @@ class KeyBlock {
   // `more`: another block follows, whose keys and values are to be fetched meanwhile.
   void fill(const Visibility<int64_t>& visible, const Range<int64_t>& block, bool more, const T* keys) {
     list(visible, block);
-    ahead_ = more ? most_keys(p_) : 0;
+    ahead_ = more ? most_keys : 0;
     if (queries_ * count < W)
       add_single(keys);  // a tile would be mostly empty
     else if (queries_ == 1)
@@ -129,6 +129,7 @@ class KeyBlock {
     TGA_UNROLL for (int q = 0; q < QB; ++q) TGA_UNROLL for (int v = 0; v < NV; ++v) store(o[q] + d + v * W, x[q][v]);
   }
 
+  const int64_t most_keys;
   int count = 0;  // listed
   int32_t* key;   // [count]
 
@@ -231,8 +232,10 @@ class FewQueriesForward {
     lanes_.fill(0, queries_, p_.q_len, 1);
     block_.prepare(lanes_);
     for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch, int64_t r) {
+      const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
+      const Range<int64_t> keys = visible.keys_of(lanes_.rows).within(w.keys);
       for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
-        add_keys(w, batch, kv_head);
+        add_keys(batch, kv_head, visible, keys);
         if (w.state)
           __builtin_memcpy(saved(w, r, kv_head), states_, sizeof(A) * queries_ * stride_);
         else
@@ -264,14 +267,12 @@ class FewQueriesForward {
     return reinterpret_cast<A*>(w.state + (r - w.row_begin) * state_bytes()) + kv_head * queries_ * stride_;
   }
 
-  void add_keys(const ForwardUnitOfWork& w, const Offsets& batch, int64_t kv_head) {
+  void add_keys(const Offsets& batch, int64_t kv_head, const Visibility<int64_t>& visible, const Range<int64_t>& keys) {
     for (int i = 0; i < queries_; ++i) {
-      for (int64_t d = 0; d < stride_; ++d) o(i)[d] = 0;
-      shift(i) = kLowest<A>;
+      for (int64_t d = 0; d < stride_ - 2; d += W) store(o(i) + d, Vec<A>{});
+      sum(i) = 0, shift(i) = kLowest<A>;
     }
-    const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
-    const Range<int64_t> keys = visible.keys_of(lanes_.rows).within(w.keys);
-    const int64_t step = KeyBlock<T, A>::most_keys(p_);
+    const int64_t step = block_.most_keys;
     block_.start(batch, kv_head * group_);
     for (int64_t first = keys.begin; first < keys.end; first += step) {
       block_.fill(visible, Range<int64_t>{first, first + step}.within(keys), first + step < keys.end,
@@ -287,7 +288,9 @@ class FewQueriesForward {
     Vec<A> each = set1<A>(shift(i));
     for (int j = 0; j < block_.count; j += W) each = max(load(s + j), each);  // but for a NaN, which enters the sums
     const A highest = max_lane(each);
-    if (highest > shift(i)) {
+    if (highest > shift(i) && sum(i) == 0) {
+      shift(i) = highest;  // the sums are still zeros
+    } else if (highest > shift(i)) {
       const Vec<A> factor = exp2<A>(set1<A>(shift(i)) - set1<A>(highest));
       for (int64_t d = 0; d < stride_ - 2; d += W) store(o(i) + d, load(o(i) + d) * factor);
       sum(i) *= factor[0];
@@ -374,4 +377,3 @@ class FewQueriesForward {
   KeyBlock<T, A> block_;
   A* states_;  // [query][value_dim, padded; sum; shift]
 };
-

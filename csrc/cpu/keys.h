@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The keys one batch entry attends to, in order: of those that exist and that some query at hand sees, the ones that a mask
-// for all queries leaves. The others are never read, so they cost nothing and may hold anything. The list is padded to whole micro-tiles with a row
-// of zeros whose logit is -inf.
+// for all queries leaves. The others are never read, so they cost nothing and may hold anything. The list is padded to
+// whole micro-tiles with a row of zeros whose logit is -inf.
 
 template <class T, class A>
 struct Keys {
@@ -37,12 +37,13 @@ struct Keys {
     }
   }
 
-  // The keys of `seen`, of which a mask for all queries leaves some; it points at the first key of this batch entry and head.
+  // The keys of `seen`, of which a mask for all queries leaves some; it points at the first key of this batch entry and
+  // head.
   void list(const Problem& p, const Range<int64_t>& seen, const uint8_t* mask, const T* k_base, const T* v_base) {
     const bool by_mask = mask && masks_keys(p), has_table = p.bias.data;
     const int32_t first = static_cast<int32_t>(seen.begin);
-    const int n = count = by_mask ? indices_of_set(mask + first * p.mask.col, p.mask.col, seen.size(), key)
-                                  : static_cast<int>(seen.size());
+    const int n = count =
+        by_mask ? indices_of_set(mask + first * p.mask.col, p.mask.col, seen.size(), key) : static_cast<int>(seen.size());
     for (int32_t i = 0; i < n; ++i) key[i] = first + (by_mask ? key[i] : i);
     padded = (n + kKeyGroup<T> - 1) / kKeyGroup<T> * kKeyGroup<T>;
     for (int i = 0; i < n; ++i) table_row[i] = has_table ? key[i] : 0;

@@ -14,8 +14,8 @@ struct Lane {
 
 // The lanes of one super-block. Tail lanes repeat the last query: they are computed and never stored.
 struct Lanes {
-  int count = 0;   // that exist
-  int padded = 0;  // a multiple of the sub-block
+  int count = 0;        // that exist
+  int padded = 0;       // a multiple of the sub-block
   Range<int64_t> rows;  // the query positions among them, or all where they span heads
   Lane lane[kMaxLanes];
 

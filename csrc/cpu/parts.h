@@ -4,8 +4,8 @@
 
 // Row `row` of every part, [k_len][dim], `stride` bytes apart, into dst. Null dst: the gradient is not wanted.
 template <class A, class T>
-static inline void sum_parts(const char* part, int64_t row, int64_t parts, int64_t stride, int64_t k_len, int64_t dim, T* dst,
-                             const View& v) {
+static inline void sum_parts(const char* part, int64_t row, int64_t parts, int64_t stride, int64_t k_len, int64_t dim,
+                             T* dst, const View& v) {
   if (!dst) return;
   for (int64_t key = 0; key < k_len; ++key)
     for (int64_t d = 0; d < dim; d += kLanes<A>) {

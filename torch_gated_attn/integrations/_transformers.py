@@ -23,8 +23,10 @@ def attend(
     position_bias: Tensor | None = None,
 ) -> Tensor:
     """[B, L, H, D] of query [B, H, L, D]. A mask that is given holds all there is to hide; it is boolean or additive."""
-    causal = causal and attention_mask is None and query.size(2) > 1
-    if causal:  # keys beyond the queries are the empty slots of a static cache
+    causal = causal and attention_mask is None
+    # Keys beyond the queries are the empty slots of a static cache; a single query is decoding, and sees them all. A length
+    # is compared in an `if` only: under dynamic shapes the comparison is no bool that the operator would take.
+    if causal and query.size(2) > 1:
         key, value = key[:, :, : query.size(2)], value[:, :, : query.size(2)]
         position_bias = None if position_bias is None else position_bias[..., : query.size(2)]
     additive = attention_mask is not None and attention_mask.is_floating_point()
