@@ -94,7 +94,11 @@ Attention attend(const Arguments& c) {
     hidden.push_back(excluded);
   }
   if (given(c.key_lengths)) hidden.push_back(beyond_lengths(c)), forget_keys(a, hidden.back());
-  if (c.is_causal) hidden.push_back(hidden_by_position(c));
+  if (c.is_causal) {
+    hidden.push_back(hidden_by_position(c));
+    // Without a window the last query sees every key.
+    if (c.window) forget_keys(a, hidden.back().all(-2, /*keepdim=*/true));
+  }
   auto logits = at::matmul(a.query, transposed(a.key)) * a.scale;
   if (given(c.bias)) logits = logits + c.bias->to(type);
   for (const at::Tensor& h : hidden) logits = logits.masked_fill(h, -kInfinity);

@@ -9,6 +9,7 @@ import torch
 from inputs import Inputs, draw
 from torch import Tensor
 
+INT32 = torch.tensor([[0, 3], [11, 12]], dtype=torch.int32)
 SAMPLES: dict[str, dict[str, object]] = {
     "plain": {"gate": None, "bias": None, "mask": None},
     "everything": {"mask": "full"},
@@ -20,6 +21,10 @@ SAMPLES: dict[str, dict[str, object]] = {
     "no batch dimension": {"batch": (), "bias": (11,), "gate": "head"},
     "mean": {"masked_rows": "mean", "scale": 0.3},
     "Dv": {"dv": 5},
+    "causal": {"is_causal": True, "gate": None, "bias": None, "mask": None},
+    "window, more queries than keys": {"is_causal": True, "window": 3, "q": 14, "heads": 4, "kv_heads": 2},
+    "key lengths": {"key_lengths": [11, 4], "mask": None, "masked_rows": "mean"},
+    "all of them, int32": {"batch": (2, 2), "is_causal": True, "window": 5, "key_lengths": INT32},
     "no keys": {"k": 0},
     "permuted": {"layout": "heads inside"},
     "permuted, bfloat16": {"layout": "heads inside", "dtype": torch.bfloat16},

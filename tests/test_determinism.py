@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from torch_gated_attn import gated_attention_with_lse
 
-# Enough work for every thread, in each way it can be shared out: over batch entries, over heads, over queries, and over
-# the entries that share one bias.
+# Enough work for every thread, in each way it can be shared out: over batch entries, over heads, over queries, over the
+# entries that share one bias, and over the keys of the forward or the queries of the backward, which are then put together.
+CAUSAL = {"is_causal": True, "bias": None, "mask": None}
+LENGTHS = {"key_lengths": [90, 0, 33, 64], "bias": (1, 2, 1, 90)}
 CALLS = {
     "batch": {"batch": (7,), "heads": 3, "q": 70, "k": 90, "d": 16, "bias": (1, 3, 70, 90)},
     "one long sequence": {"batch": (), "heads": 1, "q": 300, "k": 257, "d": 32, "bias": (1, 300, 257)},
@@ -27,6 +29,11 @@ CALLS = {
     "one query": {"batch": (64,), "heads": 4, "q": 1, "k": 33, "d": 8, "bias": (1, 4, 1, 33)},
     "two groups of rows": {"batch": (3, 5), "heads": 2, "q": 40, "k": 40, "d": 8, "bias": (3, 1, 2, 40, 40)},
     "bias of keys": {"batch": (5,), "heads": 2, "q": 40, "k": 40, "d": 8, "bias": (1, 1, 1, 40)},
+    "causal": {"batch": (2,), "heads": 4, "kv_heads": 2, "q": 150, "k": 170, "d": 16, **CAUSAL},
+    "window, lengths, bias of all rows": {"batch": (4,), "q": 70, "k": 90, "window": 33, "is_causal": True, **LENGTHS},
+    "keys in parts": {"batch": (1,), "heads": 2, "q": 20, "k": 1100, "bias": (20, 1100), "is_causal": True},
+    "keys of few queries in parts": {"batch": (1,), "heads": 4, "kv_heads": 1, "q": 1, "k": 1700, "d": 64, **CAUSAL},
+    "queries in parts": {"batch": (), "heads": 1, "q": 600, "k": 70, "bias": (1, 70), "is_causal": True},
     "gate of heads": {"batch": (5,), "heads": 2, "q": 40, "k": 40, "d": 8, "gate": (1, 2, 1, 1)},
 }
 
@@ -158,10 +165,17 @@ def test_exceptions_in_threads_propagate():
                 assert_identical(expected, future.result(timeout=300), "beside a failing call")
 
 
-FILES = ("test_numerics.py", "test_masks.py", "test_special.py", "test_protected_pages.py")
+FILES = (
+    "test_numerics.py",
+    "test_masks.py",
+    "test_special.py",
+    "test_protected_pages.py",
+    "test_visibility.py",
+    "test_hidden_keys.py",
+)
 ACCURACY = (
     "head_dims or heads_and_batch or diagonal or fully_masked or leave_no_trace or every_subset or large_logits "
-    "or protected_pages"
+    "or protected_pages or random_calls_around_tiles or in_parts or block_sparse"
 )
 
 

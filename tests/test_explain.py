@@ -91,10 +91,15 @@ def test_details_of_a_gpu_kernel():
 @pytest.mark.parametrize(
     ("changes", "grad", "kernel", "reason"),
     [
-        ({}, (), "query per lane", "more than 4 queries share a key head"),
+        ({}, (), "query per lane", "more queries share a key head than the path for few takes"),
         ({"q": 4, "bias": (1, 2, 4, 24)}, (), "few queries", "at most 4 queries share a key head"),
-        ({"q": 5, "bias": (1, 2, 5, 24)}, (), "query per lane", "more than 4 queries"),
-        ({"q": 3, "bias": (1, 2, 3, 24), "kv_heads": 1}, (), "query per lane", "more than 4 queries"),  # 6 with both heads
+        ({"q": 5, "bias": (1, 2, 5, 24)}, (), "query per lane", "more queries share a key head"),
+        (
+            {"q": 3, "bias": (1, 2, 3, 24), "kv_heads": 1},
+            (),
+            "query per lane",
+            "more queries share a key head",
+        ),  # 6 with both heads
         ({"q": 4, "bias": (1, 2, 4, 24)}, ("query",), "few queries", "at most 4 queries"),
         ({"q": 4, "bias": (1, 2, 4, 24)}, ("bias",), "few queries", "at most 4 queries"),
     ],
@@ -131,14 +136,13 @@ def test_answers_are_frozen():
 
 
 def test_calls_of_pytorchs_attention():
-    """Decided in the same place as the call's own: _core.plan."""
+    """Decided in the same place as the call's own: route.cpp."""
     query, wide = torch.randn(2, 4, 6, 16), torch.empty(2, 4, 6, 256, dtype=BF16, device="meta")
-    causal = explain(query, query, query, is_causal=True)
-    assert causal.kernel == "sdpa"
-    assert "skips the half of the keys" in causal.reason
-    assert explain(query, query, query, is_causal=True, window=3).kernel == "query per lane"
-    assert explain(query, query, query, is_causal=True, device="sm_90").kernel == "plain"
-    assert explain(wide, wide, wide, device="sm_90").reason == "head_dim 256 is above 128, the widest fused CUDA kernel"
-    assert explain(wide, wide, wide, device="cpu").kernel == "query per lane"
+    for options in ({}, {"window": 3}, {"key_lengths": torch.tensor([6, 2])}):
+        assert explain(query, query, query, is_causal=True, **options).kernel == "query per lane"
+        assert explain(wide, wide, wide, is_causal=True, device="sm_90").kernel == "sdpa"
+    assert explain(query, query, query, is_causal=True, device="sm_90").kernel != "sdpa"
+    assert explain(wide, wide, wide, device="sm_90").reason == "head_dim is above 128, the widest fused CUDA kernel"
+    assert explain(wide, wide, wide, device="cpu").kernel == "few queries"
     with pytest.raises(ValueError, match="window must be None without is_causal, but is 3"):
         explain(query, query, query, window=3)

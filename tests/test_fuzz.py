@@ -51,6 +51,8 @@ def cases(draw_from: st.DrawFn) -> dict[str, object]:
         return list(itertools.dropwhile(lambda n: n == 1, shape)) if draw_from(st.booleans()) else shape
 
     dtype = draw_from(st.sampled_from(sorted(TYPES)))
+    is_causal = draw_from(st.booleans())
+    lengths = st.lists(st.integers(-1, k + 1), min_size=math.prod(batch), max_size=math.prod(batch))
     return {
         "seed": draw_from(st.integers(0, 2**20)),
         "dtype": dtype,
@@ -68,6 +70,9 @@ def cases(draw_from: st.DrawFn) -> dict[str, object]:
         "scale": draw_from(st.sampled_from([None, None, 0.0, -0.3, 1.0])),
         "masked_rows": draw_from(st.sampled_from(POLICIES)),
         "lse": draw_from(st.booleans()),
+        "is_causal": is_causal,
+        "window": draw_from(st.one_of(st.none(), st.integers(1, k + 1))) if is_causal else None,
+        "key_lengths": draw_from(st.one_of(st.none(), lengths)),
         "layouts": [draw_from(st.sampled_from(LAYOUTS)) for _ in NAMES],
         "wrt": [draw_from(st.integers(0, 4)) > 0 for _ in range(5)],
     }
@@ -99,11 +104,13 @@ def dense_copy(x: Tensor) -> Tensor:
 
 
 def inputs_of(case: dict[str, object]) -> Inputs:
-    other = {"float32_bias", "layouts", "wrt", "dtype"}
+    other = {"float32_bias", "layouts", "wrt", "dtype", "key_lengths"}
+    lengths = case.get("key_lengths")
     inputs = draw(
         **{name: value for name, value in case.items() if name not in other},  # type: ignore[arg-type]
         dtype=TYPES[str(case["dtype"])],
         bias_dtype=torch.float32 if case["float32_bias"] and case["dtype"] != "float64" else None,
+        key_lengths=None if lengths is None else torch.tensor(lengths).reshape(case["batch"]),  # type: ignore[call-overload]
     )
     changes = {
         name: laid_out(tensor, layout, int(str(case["seed"])) + i)

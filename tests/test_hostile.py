@@ -98,14 +98,20 @@ def valid_call(rng: random.Random, seed: int) -> tuple[str, list[object]]:
         mask=rng.choice([None, "key", "full"]),
         masked_rows=rng.choice(["zero", "mean"]),
     )
+    inputs = inputs.replace(is_causal=rng.random() < 0.5)
+    if inputs.is_causal:
+        inputs = inputs.replace(window=rng.choice([None, 1, 2, 33, 2**31, 2**62, 2**63 - 1]))
+    if rng.random() < 0.5:
+        lengths = torch.randint(-2, 40, inputs.query.shape[:-3], dtype=rng.choice([torch.int32, torch.int64]))
+        inputs = inputs.replace(key_lengths=lengths)
     name = rng.choice(OPERATORS)
     tail: list[object] = [inputs.scale, inputs.masked_rows]
     if name != "_gated_attention_backward":
-        return name, [*inputs.tensors, *tail]
-    results = torch.ops.torch_gated_attn._gated_attention_forward(*inputs.tensors, *tail)
+        return name, [*inputs.tensors, *tail, *inputs.visibility]
+    results = torch.ops.torch_gated_attn._gated_attention_forward(*inputs.tensors, *tail, *inputs.visibility)
     saved = [results[0], results[2], results[3]]
     wanted = [rng.random() < 0.8 for _ in range(5)]
-    return name, [inputs.grad_out, inputs.grad_lse, *inputs.tensors, *saved, *tail, wanted]
+    return name, [inputs.grad_out, inputs.grad_lse, *inputs.tensors, *saved, *tail, wanted, *inputs.visibility]
 
 
 def attacked(name: str, arguments: list[object], rng: random.Random) -> list[object]:
@@ -123,6 +129,10 @@ def attacked(name: str, arguments: list[object], rng: random.Random) -> list[obj
             arguments[i] = rng.choice([0.0, -1e300, float("nan"), float("inf"), torch.zeros(shape), "x", None])
         elif isinstance(value, str):
             arguments[i] = rng.choice(["", "nan", "zero", "mean", "ZERO", "x" * 1000, None, 3])
+        elif isinstance(value, bool):
+            arguments[i] = rng.choice([True, False, None, 2, "x"])
+        elif isinstance(value, int):
+            arguments[i] = rng.choice([0, -1, -(2**63), 2**63 - 1, 2**64, 1.5, None, True])
         elif isinstance(value, list):
             arguments[i] = rng.choice([[], [True], [True] * 6, [False] * 5, None, [None] * 5])
     return arguments
@@ -131,7 +141,8 @@ def attacked(name: str, arguments: list[object], rng: random.Random) -> list[obj
 def call(name: str, arguments: list[object]) -> list[Tensor | None]:
     op = getattr(torch.ops.torch_gated_attn, name)
     positional = len(arguments) if name.startswith("_") else 6
-    options = dict(zip(("scale", "masked_rows"), arguments[positional:], strict=False))
+    names = ("scale", "masked_rows", "is_causal", "window", "key_lengths")
+    options = dict(zip(names, arguments[positional:], strict=False))
     result = op(*arguments[:positional], **options)
     return list(result) if isinstance(result, tuple) else [result]
 
@@ -158,7 +169,9 @@ def check_forward(name: str, arguments: list[object], results: list[Tensor | Non
     scale = arguments[6]
     if scale is not None and not abs(float(scale)) < 100:  # type: ignore[arg-type]
         return
-    expected = reference.gated_attention(*tensors, scale=scale, masked_rows=arguments[7])  # type: ignore[arg-type]
+    window = None if arguments[9] is None else int(arguments[9])  # type: ignore[call-overload]  # True is 1
+    seen = {"is_causal": bool(arguments[8]), "window": window, "key_lengths": dense(arguments[10])}
+    expected = reference.gated_attention(*tensors, scale=scale, masked_rows=arguments[7], **seen)  # type: ignore[arg-type]
     bound = 0.05 if out.dtype in HALF else 1e-3
     torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound, msg=f"{name} is wrong")
 

@@ -11,7 +11,7 @@ import torch
 from inputs import Inputs, draw
 from torch import Tensor, nn
 
-from torch_gated_attn import GatedAttention, gated_attention_with_lse
+from torch_gated_attn import GatedAttention, gate_output, gated_attention_with_lse
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -104,6 +104,43 @@ def test_module_with_dynamic_sizes(tmp_path):
         args = arguments(*sizes)
         (result,) = execute(onnx, [x for x in args if x is not None])
         torch.testing.assert_close(result, module(*args), rtol=1e-5, atol=1e-5)
+
+
+class Decoder(nn.Module):
+    """What another attention's result is gated by, and everything about positions."""
+
+    def __init__(self, window: int | None, masked_rows: str) -> None:
+        super().__init__()
+        self.window, self.masked_rows = window, masked_rows
+
+    def forward(self, query: Tensor, key: Tensor, gate: Tensor, key_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"masked_rows": self.masked_rows, "is_causal": True, "window": self.window}
+        out, lse = gated_attention_with_lse(query, key, key, key_lengths=key_lengths, **options)
+        return gate_output(out, gate), lse
+
+
+@pytest.mark.parametrize(("window", "masked_rows"), [(None, "zero"), (3, "mean"), (2**62, "zero")])
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+def test_causal_order_windows_and_lengths_of_any_size(window, masked_rows, integer, tmp_path):
+    def arguments(batch: int, q: int, k: int) -> tuple[Tensor, ...]:
+        x = draw(seed=q, batch=(batch,), heads=4, kv_heads=2, q=q, k=k)
+        return x.query, x.key, x.gate, (torch.arange(batch) * 4 - 1).to(integer)
+
+    batch, q, k = (torch.export.Dim(name, min=2, max=4096) for name in ("batch", "q", "k"))
+    module = Decoder(window, masked_rows)
+    program = torch.onnx.export(
+        module,
+        arguments(3, 7, 9),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: batch, 2: q}, {0: batch, 2: k}, {0: batch, 2: q}, {0: batch}),
+        custom_translation_table=TRANSLATION_TABLE,
+    )
+    onnx = session(program, str(tmp_path / "decoder.onnx"))
+    for sizes in ((3, 7, 9), (5, 40, 21), (2, 5, 33)):  # more queries than keys too
+        args = arguments(*sizes)
+        for result, expected in zip(execute(onnx, list(args)), module(*args), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_dynamic_head_dim_is_refused():

@@ -9,13 +9,17 @@ import textwrap
 
 import pytest
 import torch
-from inputs import draw
+from inputs import Inputs, draw
 from samples import SAMPLES, draw_sample, memory_orders, strides
 from torch import Tensor
 
 from torch_gated_attn import _C, gated_attention_with_lse
 
 OPS = torch.ops.torch_gated_attn
+
+
+def forward_call(inputs: Inputs) -> tuple[object, ...]:
+    return *inputs.tensors, inputs.scale, inputs.masked_rows, *inputs.visibility
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -26,17 +30,18 @@ def test_opcheck(device, sample, requires_grad):
         inputs = inputs.map(lambda x: x.detach().requires_grad_())
     for op in (OPS.gated_attention, OPS.gated_attention_with_lse):
         torch.library.opcheck(op, inputs.tensors, inputs.options)
-    torch.library.opcheck(OPS._gated_attention_forward, (*inputs.tensors, inputs.scale, inputs.masked_rows))
+    torch.library.opcheck(OPS._gated_attention_forward, forward_call(inputs))
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck_of_the_backward(device, sample):
     inputs = draw_sample(sample, device)
-    out, _, row_max, row_sum = OPS._gated_attention_forward(*inputs.tensors, inputs.scale, inputs.masked_rows)
+    out, _, row_max, row_sum = OPS._gated_attention_forward(*forward_call(inputs))
     asked = [True, True, True, inputs.gate is not None, inputs.bias is not None]
     for grad_lse, grad_mask in ((inputs.grad_lse, asked), (None, [True, False, True, False, False])):
         flat = (inputs.grad_out, grad_lse, *inputs.tensors, out, row_max, row_sum)
-        torch.library.opcheck(OPS._gated_attention_backward, (*flat, inputs.scale, inputs.masked_rows, grad_mask))
+        tail = (inputs.scale, inputs.masked_rows, grad_mask, *inputs.visibility)
+        torch.library.opcheck(OPS._gated_attention_backward, (*flat, *tail))
 
 
 # test_meta_equals_real compares them with every torch.
@@ -75,11 +80,11 @@ def test_meta_equals_real(device, sample):
     grad_mask = [True, True, True, base.gate is not None, base.bias is not None]
     for query in memory_orders(base.query):
         inputs = base.replace(query=query)
-        call = (*inputs.tensors, inputs.scale, inputs.masked_rows)
+        call = forward_call(inputs)
         out, lse, row_max, row_sum = OPS._gated_attention_forward(*call)
         compare_meta((out, lse, row_max, row_sum), OPS._gated_attention_forward(*map(fake, call)))
         tensors = (inputs.grad_out, inputs.grad_lse, *inputs.tensors, out, row_max, row_sum)
-        call = (*tensors, inputs.scale, inputs.masked_rows, grad_mask)
+        call = (*tensors, inputs.scale, inputs.masked_rows, grad_mask, *inputs.visibility)
         compare_meta(OPS._gated_attention_backward(*call), OPS._gated_attention_backward(*map(fake, call)))
 
 
@@ -138,7 +143,7 @@ def test_a_process_that_only_loaded_the_library_compiles_and_exports():
     assert done.stdout.strip() == "done", done.stderr
 
 
-# As recorded in exported programs and TorchScript files of version 0.1.
+# As recorded in exported programs and TorchScript files of earlier versions.
 RECORDED_SCHEMAS = [
     "torch_gated_attn::gated_attention(Tensor query, Tensor key, Tensor value, Tensor? gate=None, Tensor? bias=None, "
     'Tensor? mask=None, *, float? scale=None, str masked_rows="zero") -> Tensor',
@@ -150,6 +155,9 @@ RECORDED_SCHEMAS = [
     "Tensor value, Tensor? gate, Tensor? bias, Tensor? mask, Tensor out, Tensor row_max, Tensor row_sum, "
     "float? scale, str masked_rows, bool[5] grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 ]
+# What was appended since, which every name below has now: a later argument comes after these.
+VISIBILITY = "bool is_causal=False, int? window=None, Tensor? key_lengths=None)"
+RECORDED_SCHEMAS += [schema.replace(") ->", f", {VISIBILITY} ->", 1) for schema in RECORDED_SCHEMAS]
 
 
 def is_compatible(schema: torch._C.FunctionSchema, recorded: str) -> bool:
@@ -157,7 +165,11 @@ def is_compatible(schema: torch._C.FunctionSchema, recorded: str) -> bool:
     return bool(schema.is_backward_compatible_with(torch._C.parse_schema(recorded)))
 
 
-@pytest.mark.parametrize("recorded", RECORDED_SCHEMAS, ids=lambda schema: schema.split("::")[1].split("(")[0])
+def short(schema: str) -> str:
+    return schema.split("::")[1].split("(")[0] + (", visibility" if VISIBILITY in schema else "")
+
+
+@pytest.mark.parametrize("recorded", RECORDED_SCHEMAS, ids=short)
 def test_schema_stays_compatible(recorded):
     name = recorded.split("::")[1].split("(")[0]
     schema = getattr(OPS, name).default._schema

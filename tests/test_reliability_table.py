@@ -9,7 +9,23 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 TABLE = (TESTS.parent / "docs" / "reliability.md").read_text()
-CLASSES = [*range(1, 15), *range(16, 44), 45, 46, 47, *range(50, 64), 65, 66, *range(67, 79), *range(80, 84)]
+CLASSES = [
+    *range(1, 15),
+    *range(16, 44),
+    45,
+    46,
+    47,
+    *range(50, 64),
+    65,
+    66,
+    *range(67, 79),
+    *range(80, 84),
+    86,
+    87,
+    88,
+    90,
+    94,
+]
 ROWS = {int(number): row for row in TABLE.splitlines() if (number := row.split(" | ")[0].removeprefix("| ")).isdigit()}
 
 
@@ -18,7 +34,7 @@ def functions(file: str) -> set[str]:
 
 
 def test_every_class_is_listed_once_in_order():
-    assert len(CLASSES) == 77
+    assert len(CLASSES) == 82
     assert list(ROWS) == CLASSES
     assert len(re.findall(r"^\| \d+ \|", TABLE, re.MULTILINE)) == len(CLASSES)
 

@@ -45,6 +45,7 @@ class GatedAttention(nn.Module):
         - m_data: [\*, K, kv_dim]; default `q_data`
         - mask: bool, True = attend; [\*, Q, K] or with a head dimension [\*, H, Q, K]; sizes of 1 broadcast
         - bias: broadcastable to [\*, H, Q, K]
+        - key_lengths: int32 or int64, [\*]; with `is_causal` and `window` as in :func:`torch_gated_attn.gated_attention`
         - result: [\*, Q, output_dim]
 
     The state dict has `linear_q.weight`, `linear_k.weight`, `linear_v.weight`, `linear_g.weight`, `linear_g.bias`,
@@ -118,6 +119,10 @@ class GatedAttention(nn.Module):
         m_data: Tensor | None = None,  # [*, K, kv_dim]
         mask: Tensor | None = None,
         bias: Tensor | None = None,
+        # By keyword in Python; TorchScript has no defaults for arguments that are keyword-only.
+        is_causal: bool = False,
+        window: int | None = None,
+        key_lengths: Tensor | None = None,
     ) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             _context_parallel.refuse()
@@ -125,6 +130,7 @@ class GatedAttention(nn.Module):
             check_tensor("m_data", m_data, optional=True)
             check_tensor("mask", mask, optional=True)
             check_tensor("bias", bias, optional=True)
+            check_tensor("key_lengths", key_lengths, optional=True)
         m_data = _checked_data(q_data, m_data, self.q_dim, self.kv_dim)
         mask = _mask_with_heads(mask, q_data)
         head_dim, value_head_dim = self.key_dim // self.num_heads, self.value_dim // self.num_heads
@@ -136,7 +142,17 @@ class GatedAttention(nn.Module):
             gate = self._split_heads(self.linear_g(q_data), value_head_dim)  # [*, H, Q, Dv]
         _check_heads(query, key, bias, mask, self.num_heads)
         out = torch.ops.torch_gated_attn.gated_attention(
-            query, key, value, gate, bias, mask, scale=None, masked_rows=self.masked_rows
+            query,
+            key,
+            value,
+            gate,
+            bias,
+            mask,
+            scale=None,
+            masked_rows=self.masked_rows,
+            is_causal=is_causal,
+            window=window,
+            key_lengths=key_lengths,
         )
         # The operator returns query's memory order, so flattening the heads makes no copy.
         result: Tensor = self.linear_o(out.transpose(-2, -3).flatten(-2))

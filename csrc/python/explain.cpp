@@ -15,7 +15,9 @@ namespace torch_gated_attn {
 namespace {
 
 at::ScalarType scalar_type(const std::string& name) {
-  for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf, at::kBool, at::kInt, at::kLong})
+  // Also those that no call takes: its checks say so better.
+  for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf, at::kBool, at::kByte, at::kChar, at::kShort,
+                          at::kInt, at::kLong, at::kComplexFloat, at::kComplexDouble})
     if (name == c10::getDtypeNames(type).first) return type;
   TORCH_CHECK_TYPE(false, "explain was given a tensor of dtype ", name, ", which no kernel takes");
 }

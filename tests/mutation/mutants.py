@@ -2,7 +2,7 @@
 """Deliberate errors, each one piece of the library's text replaced.
 
 1 to 25 are those every suite for fused attention should kill; those after them are aimed at the SIMD code and at the
-launchers of this library.
+launchers of this library, those from 44 on at what a query sees by position and at work in parts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MUTANTS = [
         3,
         "one key past the end",
         "cpu/keys.h",
-        "mask ? indices_of_set(mask, p.mask.col, p.k_len, key) : static_cast<int>(p.k_len);",
-        "mask ? indices_of_set(mask, p.mask.col, p.k_len + 1, key) : static_cast<int>(p.k_len) + 1;",
+        ": static_cast<int>(seen.size());",
+        ": static_cast<int>(seen.size()) + 1;",
     ),
     Mutant(
         4,
@@ -56,8 +56,8 @@ MUTANTS = [
         7,
         "rows and columns of the bias swapped",
         "cpu/table.h",
-        "bias, p.bias, lane + u",
-        "bias, View{p.bias.data, {}, p.bias.head, p.bias.col, p.bias.row}, lane + u",
+        "p.bias, lanes.lane + s,",
+        "View{p.bias.data, {}, p.bias.head, p.bias.col, p.bias.row}, lanes.lane + s,",
     ),
     Mutant(8, "batch stride of the bias 0", "cpu/lanes.h", "bias = offset(p.bias),", "bias = 0,"),
     Mutant(
@@ -71,12 +71,11 @@ MUTANTS = [
         10,
         "bias gradient misses one row",
         "cpu/backward_unit.h",
-        "for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, "
-        "queries_ > max_lanes_ ? r - w.row_begin : 0);",
+        "for (int64_t r = w.row_begin; r < w.row_end; ++r) run_row(w, r, first, several ? r - w.row_begin : 0);",
         "for (int64_t r = w.row_begin; r < w.row_end; ++r) {\n"
         "        if (p_.d_bias.data && r == w.row_begin + 1)\n"
         "          __builtin_memset(d_table_, 0, sizeof(A) * lanes_.padded / kBlock * table_.stride);\n"
-        "        run_row(w, r, first, queries_ > max_lanes_ ? r - w.row_begin : 0);\n"
+        "        run_row(w, r, first, several ? r - w.row_begin : 0);\n"
         "      }",
     ),
     Mutant(
@@ -169,8 +168,8 @@ MUTANTS = [
         23,
         "no device guard",
         "cuda/launcher.cpp",
-        "  const c10::cuda::CUDAGuard guard(query.device());\n  ForwardResult",
-        "  ForwardResult",
+        "  const c10::cuda::CUDAGuard guard(a.query.device());\n  PreparedForward",
+        "  PreparedForward",
         "",
     ),
     Mutant(24, "mask inverted", "cpu/element.h", "n += bytes[i * stride] != 0;", "n += bytes[i * stride] == 0;"),
@@ -212,7 +211,7 @@ MUTANTS = [
     Mutant(
         30,
         "few queries: sign of the gradient of lse",
-        "cpu/few_queries.h",
+        "cpu/few_queries_backward.h",
         "delta -= grad_lse[lane.offset(p_.grad_lse)];",
         "delta += grad_lse[lane.offset(p_.grad_lse)];",
     ),
@@ -241,9 +240,9 @@ MUTANTS = [
     Mutant(
         34,
         "empty calls reach the kernels",
-        "cpu/launcher.cpp",
-        "  if (lse.numel() == 0) return result;\n",
-        "",
+        "operands.cpp",
+        "done = lse.numel() == 0 || a.key",
+        "done = a.key",
     ),
     Mutant(
         35,
@@ -256,8 +255,8 @@ MUTANTS = [
         36,
         "no device guard in the backward",
         "cuda/launcher.cpp",
-        "  const c10::cuda::CUDAGuard guard(query.device());\n  Gradients",
-        "  Gradients",
+        "  const c10::cuda::CUDAGuard guard(a.query.device());\n  PreparedBackward",
+        "  PreparedBackward",
         "",
     ),
     Mutant(
@@ -313,6 +312,64 @@ MUTANTS = [
         "load_n(rows[i + W / 2] + j, n)",
         "load_n(rows[i + W / 2 - 1] + j, n)",
         "avx512",
+    ),
+    Mutant(44, "causal: a query does not see its own key", "visibility.h", "+ i + 1, 0)) : length", "+ i, 0)) : length"),
+    Mutant(45, "window: one key too many", "visibility.h", "+ i + 1 - window, 0)", "+ i - window, 0)"),
+    Mutant(
+        46,
+        "key lengths: one key too many",
+        "problem.h",
+        "length < p.k_len ? length : p.k_len;",
+        "length < p.k_len ? length + 1 : p.k_len;",
+    ),
+    Mutant(
+        47,
+        "a tile in which only one key is attended is skipped",
+        "cpu/attended.h",
+        "if (some_attended == 0) return",
+        "if ((some_attended & (some_attended - 1)) == 0) return",
+    ),
+    Mutant(
+        48,
+        "a tile of which only the first key is seen is skipped",
+        "cpu/attended.h",
+        "if (some_[s].end <= first ||",
+        "if (some_[s].end <= first + 1 ||",
+    ),
+    Mutant(
+        49,
+        "a tile of which every key is attended by some query is taken for full",
+        "cpu/attended.h",
+        "return all_attended == exist ?",
+        "return some_attended == exist ?",
+    ),
+    Mutant(
+        50,
+        "keys in parts: the last part not merged",
+        "cpu/forward_unit.h",
+        "for (int64_t i = 1; i < parts; ++i) add_state",
+        "for (int64_t i = 1; i + 1 < parts; ++i) add_state",
+    ),
+    Mutant(
+        51,
+        "keys of few queries in parts: the last part not merged",
+        "cpu/few_queries_forward.h",
+        "for (int64_t part = 1; part < parts; ++part)",
+        "for (int64_t part = 1; part + 1 < parts; ++part)",
+    ),
+    Mutant(
+        52,
+        "queries in parts: the last part's gradients not summed",
+        "cpu/parts.h",
+        "for (int64_t i = 0; i < parts; ++i) sum",
+        "for (int64_t i = 0; i + 1 < parts; ++i) sum",
+    ),
+    Mutant(
+        53,
+        "few queries: causal order only where there is a mask",
+        "cpu/few_queries_forward.h",
+        "differs_ |= p.is_causal && p.q_len > 1;",
+        "differs_ |= p.is_causal && p.q_len > 1 && p.mask.data;",
     ),
 ]
 

@@ -41,6 +41,10 @@ FAST = [
     "test_masks.py::test_additive_masks",
     "test_masks.py::test_finite_low_logits_are_not_masked_rows",
     "test_size.py::test_offsets_beyond_2_31",
+    "test_visibility.py::test_every_window_and_every_length",
+    "test_visibility.py::test_every_offset_of_the_diagonal_within_a_tile",
+    "test_visibility.py::test_block_sparse_masks",
+    "test_visibility.py::test_work_that_is_shared_out_in_parts",
     "test_fuzz.py",
 ]
 # The launcher of the CUDA kernels runs on a runtime that pretends to have two devices, compiled by this test itself.
