@@ -28,6 +28,9 @@ class Inputs:
     grad_lse: Tensor | None
     scale: float | None = None
     masked_rows: str = "zero"
+    is_causal: bool = False
+    window: int | None = None
+    key_lengths: Tensor | None = None
 
     def replace(self, **changes: object) -> Inputs:
         return dataclasses.replace(self, **changes)
@@ -49,8 +52,16 @@ class Inputs:
         return tuple(getattr(self, name) for name in TENSORS)
 
     @property
+    def visibility(self) -> tuple[bool, int | None, Tensor | None]:
+        return self.is_causal, self.window, self.key_lengths
+
+    @property
     def options(self) -> dict[str, object]:
-        return {"scale": self.scale, "masked_rows": self.masked_rows}
+        """Those of visibility only where they say something: to most of the functions that are compared they are unknown."""
+        options: dict[str, object] = {"scale": self.scale, "masked_rows": self.masked_rows}
+        if self.visibility != (False, None, None):
+            options |= dict(zip(("is_causal", "window", "key_lengths"), self.visibility, strict=True))
+        return options
 
 
 def draw_mask(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -84,6 +95,9 @@ def draw(
     scale: float | None = None,
     masked_rows: str = "zero",
     lse: bool = True,
+    is_causal: bool = False,
+    window: int | None = None,
+    key_lengths: Sequence[int] | Tensor | None = None,
 ) -> Inputs:
     """Random arguments of one call, with logits, bias and cotangents of size 1, so that none hides another.
 
@@ -113,6 +127,9 @@ def draw(
         grad_lse=normal((*batch, heads, q), accumulation(dtype)) if lse else None,
         scale=scale,
         masked_rows=masked_rows,
+        is_causal=is_causal,
+        window=window,
+        key_lengths=None if key_lengths is None else torch.as_tensor(key_lengths, device=device),
     )
 
 

@@ -27,6 +27,20 @@ def _group_sum(array: np.ndarray, kv_heads: int) -> np.ndarray:
     return array.reshape(*batch, kv_heads, heads // kv_heads, length, dim).sum(axis=-3)
 
 
+def visible(inputs: Inputs) -> np.ndarray:
+    """Which keys each query sees by position, broadcastable to [*, H, Q, K]."""
+    q_len, k_len = inputs.query.shape[-2], inputs.key.shape[-2]
+    own, key = np.arange(q_len)[:, None] + (k_len - q_len), np.arange(k_len)[None, :]
+    seen = np.ones((q_len, k_len), dtype=bool)
+    if inputs.is_causal:
+        seen &= key <= own
+        if inputs.window is not None:
+            seen &= own - key < inputs.window
+    if inputs.key_lengths is None:
+        return seen
+    return seen & (key < inputs.key_lengths.cpu().numpy()[..., None, None, None])
+
+
 def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
     """out, lse, the gradients d_query, ..., and under the same names with a leading "terms_" the sums of the absolute
     values of the terms each was summed from, which scale rounding errors."""
@@ -52,6 +66,7 @@ def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
     if inputs.mask is not None:
         attended = np.broadcast_to(inputs.mask.cpu().numpy(), logits.shape)
         logits = np.where(attended, logits, -np.inf)
+    logits = np.where(visible(inputs), logits, -np.inf)
     row_max = logits.max(axis=-1, initial=-np.inf, keepdims=True)
     dead = np.isneginf(row_max)
     weights = np.exp(logits - np.where(dead, 0, row_max))  # 0 where not attended

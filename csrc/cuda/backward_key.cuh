@@ -2,12 +2,14 @@
 //
 // Backward, key-stationary: dK and dV.
 //
-// A block owns kRows keys of one key/value head, each of its teams for a batch row of its own, and walks the query tiles of
-// all query heads of that group: keys, values, dK and dV stay in registers. Scores are computed transposed, so that keys
-// are the rows of every fragment: P^T and dS^T come out as the operands of the two sums, and a masked key only spoils its
-// own row of dK and dV, which is set to zero at the end. The teams meet the same bias, which reaches them once through L1.
+// A block owns kRows keys of one key/value head, each of its teams for a batch row of its own, and walks the query tiles
+// that see them of all query heads of that group: keys, values, dK and dV stay in registers. Scores are computed
+// transposed, so that keys are the rows of every fragment: P^T and dS^T come out as the operands of the two sums, and a
+// masked key only spoils its own row of dK and dV, which is set to zero at the end. The teams meet the same bias, which
+// reaches them once through L1.
 #pragma once
 
+#include "query_plan.cuh"
 #include "reordered_bias.cuh"
 #include "scores_backward.cuh"
 
@@ -25,13 +27,13 @@ class QueryRing {
   TGA_DEVICE QueryRing(const BackwardParams& p, int thread, uint32_t base)
       : copy_(thread), thread_(thread), base_(base), query_bytes_(chunk_bytes(copy_.chunk, p.head_dim)) {}
 
-  // Begins with the queries of a head; `exists` false brings zeros.
-  TGA_DEVICE void begin_head(const BackwardParams& p, const uint16_t* query, int64_t entry, bool exists) {
-    query_ = reinterpret_cast<const char*>(query + copy_.row * p.query.row + copy_.chunk * 8);
-    grad_ = reinterpret_cast<const char*>(p.core_grad + (entry * p.q_padded + copy_.row) * T::kHeadDim + copy_.chunk * 8);
-    terms_ = reinterpret_cast<const char*>(p.row_terms + entry * p.q_padded * 4 + thread_ * 4);
+  // Begins with the queries of a head from `first` on; `exists` false brings zeros.
+  TGA_DEVICE void begin(const BackwardParams& p, const uint16_t* query, int64_t entry, int first, bool exists) {
+    row_ = first + copy_.row;
+    query_ = reinterpret_cast<const char*>(query + row_ * p.query.row + copy_.chunk * 8);
+    grad_ = reinterpret_cast<const char*>(p.core_grad + (entry * p.q_padded + row_) * T::kHeadDim + copy_.chunk * 8);
+    terms_ = reinterpret_cast<const char*>(p.row_terms + (entry * p.q_padded + first + thread_) * 4);
     write_ = read_ = base_;
-    row_ = copy_.row;
     end_ = exists ? p.q_len : 0;
   }
 
@@ -90,7 +92,7 @@ class QueryRing {
 
 template <class T>
 struct KeyBlock {
-  static constexpr uint32_t kSharedBytes = T::kStages * T::kTeams * QueryRing<T>::kStageBytes;
+  static constexpr uint32_t kSharedBytes = QueryPlan<T>::kBytes + T::kStages * T::kTeams * QueryRing<T>::kStageBytes;
 };
 
 // Adds to every dV row what fully masked queries give it under masked_rows = "mean": their dO / K.
@@ -145,21 +147,20 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
   const bool exists = row < p.batch.rows;
   const float factor = score_factor<T>(p);
 
-  // Rows whose key no query attends: they hold anything, and get zeros. A mask that differs between queries is left to the
-  // scores; one that differs between the heads of a group only goes to kGeneral, which asks the scores as well.
+  QueryPlan<T> plan(p, slab, row, first_key / T::kRows * T::kRows, dev::shared_base());
+
+  // Rows whose key no query attends to, as far as positions and a mask of keys say: they hold anything, and get zeros.
   bool attended[T::kRowTiles][2];
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
     TGA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int key = first_key + m * 16 + lane.row + 8 * i;
-      attended[m][i] = exists && key < p.k_len;
+      attended[m][i] = exists && !visibility<int64_t>(p, plan.length()).queries_of({key, key + 1}).empty();
       if (attended[m][i] && p.mask.data != nullptr && p.mask.row == 0) {
         bool any_head = false;
         for (int h = 0; h < (p.mask.head == 0 ? 1 : heads_per_kv); ++h) {
-          any_head |=
-              dev::load_global<uint8_t>(static_cast<const uint8_t*>(p.mask.data) +
-                                        p.mask.offset(slab, row, kv_head * heads_per_kv + h) + key * p.mask.col) != 0;
+          any_head |= dev::load_global<uint8_t>(mask_of(p, slab, row, kv_head * heads_per_kv + h) + key * p.mask.col) != 0;
         }
         attended[m][i] = any_head;
       }
@@ -194,25 +195,25 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
   }
 
-  QueryRing<T> ring(p, thread, dev::shared_base() + team * QueryRing<T>::kStageBytes);
-  const int query_tiles = (p.q_len + T::kBlock - 1) / T::kBlock;
-  for (int h = 0; h < heads_per_kv; ++h) {
-    const int head = kv_head * heads_per_kv + h;
-    dev::sync_block();  // the last head's tiles are no longer read
-    ring.begin_head(p, half_rows<T>(p.query, slab, row, head), scratch_entry(p, slab_number, exists ? row : 0, head),
-                    exists);
+  QueryRing<T> ring(p, thread, dev::shared_base() + QueryPlan<T>::kBytes + team * QueryRing<T>::kStageBytes);
+  const Range<int> tiles = plan.tiles(p);
+  // The tiles [begin, end) of a head.
+  const auto run = [&](int head, int begin, int end) {
+    dev::sync_block();  // the last run's tiles are no longer read
+    ring.begin(p, half_rows<T>(p.query, slab, row, head), scratch_entry(p, slab_number, exists ? row : 0, head),
+               begin * T::kBlock, exists);
     const auto issue = [&](int tile) {
-      if (tile < query_tiles) {
+      if (tile < end) {
         ring.copy_tile(p);
       }
       dev::commit_copies();
     };
     TGA_UNROLL
-    for (int tile = 0; tile < T::kStages - 1; ++tile) {
-      issue(tile);
+    for (int i = 0; i < T::kStages - 1; ++i) {
+      issue(begin + i);
     }
-    BiasAlongQueries<T> bias_rows(p, bias_entry(p, slab_number, head), first_key);
-    const GeneralLogits<T::kType> logits(p, slab, row, head);
+    BiasAlongQueries<T> bias_rows(p, bias_entry(p, slab_number, head), first_key, begin * T::kBlock);
+    const GeneralBias<T::kType> general_bias(p, slab, row, head);
     // Waits for a tile; whether it has a low row.
     const auto arrive = [&](int tile) {
       dev::wait_copies<T::kStages - 2>();
@@ -220,9 +221,19 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       issue(tile + T::kStages - 1);
       return low;
     };
-    const auto visit = [&](int tile, auto low) {
+    // `asking`: with a look at each pair, and right for low rows.
+    const auto visit = [&](int tile, auto asking) {
+      constexpr bool kMasked = T::kGeneral || asking.value;
       const uint32_t queries = ring.next_read(), grads = queries + T::kTileBytes;
       const uint32_t terms = grads + T::kTileBytes + lane.pair * 32;
+      if (kMasked && !plan.attends(tile)) {
+        bias_rows.next_tile();
+        return;
+      }
+      if (thread == 0 && exists) {
+        dev::count_tile(slab_number * p.batch.rows + row, head, tile * T::kBlock, T::kBlock, first_key, T::kRows, kMasked);
+      }
+      const PairSight pairs = kMasked ? plan.pairs() : PairSight();
       TGA_UNROLL
       for (int j = 0; j < T::kBlock / 16; ++j) {
         float bias[T::kRowTiles][2][4];
@@ -257,13 +268,13 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
             float x[4], d[4];
             TGA_UNROLL
             for (int i = 0; i < 4; ++i) {
-              if constexpr (T::kGeneral) {
+              if constexpr (kMasked) {
                 const int k = first_key + m * 16 + lane.row + i / 2 * 8;
-                s[m][i] = visible_score<T>(s[m][i], exists && k < p.k_len, logits, p,
+                s[m][i] = visible_score<T>(s[m][i], k < plan.length(), pairs, general_bias, p,
                                            tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2, k);
               }
-              x[i] = probability<T, low.value>(s[m][i], factor, i % 2 == 0 ? shift.x : shift.y);
-              d[i] = x[i] * d_prob[m][i];
+              x[i] = probability<T, asking.value>(s[m][i], factor, i % 2 == 0 ? shift.x : shift.y);
+              d[i] = score_grad<kMasked>(x[i], d_prob[m][i]);
             }
             prob[m][2 * e] = dev::pack<T::kType>(x[0], x[1]);
             prob[m][2 * e + 1] = dev::pack<T::kType>(x[2], x[3]);
@@ -276,14 +287,33 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       }
       bias_rows.next_tile();
     };
-    int tile = 0;
+    int tile = begin;
     bool low = arrive(tile);
-    while (tile < query_tiles) {
-      for (; tile < query_tiles && !low; low = ++tile < query_tiles && arrive(tile)) {
-        visit(tile, std::false_type());
-      }
-      for (; !T::kGeneral && low; low = ++tile < query_tiles && arrive(tile)) {
+    while (tile < end) {
+      const int stop = T::kGeneral ? end : plan.full_until(tile, end);
+      if (T::kGeneral || (tile < stop && !low)) {
+        do {
+          visit(tile, std::false_type());
+          low = ++tile < stop && arrive(tile);
+        } while (tile < stop && !low);
+        if (tile == stop && tile < end) {
+          low = arrive(tile);
+        }
+      } else {
         visit(tile, std::true_type());
+        low = ++tile < end && arrive(tile);
+      }
+    }
+  };
+  for (int h = 0; h < heads_per_kv; ++h) {
+    const int head = kv_head * heads_per_kv + h, step = plan.panel_tiles(tiles.size());
+    for (int panel = tiles.begin; panel < tiles.end; panel += step) {
+      plan.build(p, slab, row, head, panel);
+      const int panel_end = panel + step < tiles.end ? panel + step : tiles.end;
+      for (int begin = plan.next(panel, panel_end); begin < panel_end;) {
+        const int end = plan.run_end(begin, panel_end);
+        run(head, begin, end);
+        begin = plan.next(end, panel_end);
       }
     }
   }

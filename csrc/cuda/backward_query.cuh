@@ -124,6 +124,12 @@ TGA_DEVICE QueryPlace query_place(const BackwardParams& p) {
   return place;
 }
 
+// What the block's queries attend to in the batch rows from `row` on.
+template <class T>
+TGA_DEVICE BlockSight query_sight(const BackwardParams& p, const QueryPlace& place, int64_t row) {
+  return BlockSight(p, place.slab, row, place.head, place.first_query / T::kRows * T::kRows, T::kRows);
+}
+
 // The bias of the block's head as C operands: in place where it is float32, from the reordered copy where it is 16-bit.
 template <class T>
 struct QueryBias {
@@ -181,15 +187,14 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
     low = dev::sync_block_any(low);
     ring.point_at(p, half_rows<T>(p.key, place.slab, team_row, kv_head),
                   half_rows<T>(p.value, place.slab, team_row, kv_head));
-    const GeneralLogits<T::kType> logits(p, place.slab, team_row, head);
-    KeyMask mask = {nullptr, p.mask.batch_row, p.mask.col};
-    if (p.mask.data != nullptr && (!T::kGeneral || p.mask.row == 0)) {
-      mask.data = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(place.slab, group_row, head);
-    }
+    const GeneralBias<T::kType> general_bias(p, place.slab, team_row, head);
+    const Range<int> keys_seen = query_sight<T>(p, place, group_row).keys(rows);
 
     // A strip only fits shared memory where all keys are one panel.
-    for (int panel = 0; panel < (T::kStrip ? 1 : p.k_len); panel += kPanelKeys) {
-      plan.build(mask, rows, panel, p.k_len);
+    for (int panel = T::kStrip ? 0 : keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end; panel += kPanelKeys) {
+      const QueryPlace same = query_place<T>(p);
+      plan.build(query_sight<T>(p, same, same.first_row + static_cast<int64_t>(group) * kRowsAtOnce), rows, panel,
+                 keys_seen);
       ring.restart();
       // Steps over the full tiles, then over the mixed ones, every team one tile ahead of the last. So that no two teams
       // meet at a tile of the strip, there are as many steps as teams at least, some of them idle. Full tiles are taken
@@ -235,6 +240,24 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
         if (masked.value && key == kIdle) {
           return;
         }
+        // Batch rows that attend to nothing of the tile.
+        bool idle[T::kGroup], all_idle = true;
+        TGA_UNROLL
+        for (int r = 0; r < T::kGroup; ++r) {
+          idle[r] = masked.value && plan.empty(team * T::kGroup + r, key);
+          all_idle = all_idle && idle[r];
+        }
+        if (all_idle) {
+          return;
+        }
+        if (thread == 0) {
+          for (int r = 0; r < T::kGroup; ++r) {
+            if (team * T::kGroup + r < rows && !idle[r]) {
+              dev::count_tile(place.slab_number * p.batch.rows + team_row + r, head, first_query, T::kRows, panel + key,
+                              T::kBlock, masked.value);
+            }
+          }
+        }
         const uint32_t strip_tile = strip + key / 8 * 512;
         if constexpr (T::kBias == BiasAccess::kHalf) {
           bias_source.begin_tile(panel + key);
@@ -267,6 +290,9 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
             TGA_UNROLL
             for (int r = 0; r < T::kGroup; ++r) {
               const uint32_t keys = stage + r * 2 * T::kTileBytes, values = keys + T::kTileBytes;
+              if (idle[r]) {
+                continue;
+              }
               float score[T::kRowTiles][4], d_prob[T::kRowTiles][4];
               if (first % kRowsPerLoad<T::kSteps> == 0) {
                 load_rows_as_columns<T::kSteps, T::kRowBytes>(key_rows[r], keys, first);
@@ -286,7 +312,9 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
                 multiply<T::kType, T::kSteps>(d_prob[m], state[r].grad[m], value_rows[r], e, state[r].negative_delta[m]);
               }
               uint32_t bits = 0;
+              PairSight pairs;
               if constexpr (masked.value) {
+                pairs = plan.pairs(p, team * T::kGroup + r);
                 bits = plan.bits(team * T::kGroup + r, key, first) >> (first % 32 + lane.pair * 2);
               }
               TGA_UNROLL
@@ -296,10 +324,12 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
                 for (int i = 0; i < 4; ++i) {
                   float s = score[m][i];
                   if constexpr (masked.value) {
-                    s = visible_score<T>(s, bits >> (i % 2) & 1, logits, p, first_query + m * 16 + lane.row + i / 2 * 8,
+                    s = visible_score<T>(s, bits >> (i % 2) & 1, pairs, general_bias, p,
+                                         first_query + m * 16 + lane.row + i / 2 * 8,
                                          panel + key + first + lane.pair * 2 + i % 2);
                   }
-                  d[i] = probability<T, masked.value>(s, factor, state[r].shift[m][i / 2]) * d_prob[m][i];
+                  d[i] = score_grad<masked.value>(probability<T, masked.value>(s, factor, state[r].shift[m][i / 2]),
+                                                  d_prob[m][i]);
                   if constexpr (T::kStrip) {
                     d_bias[m][i] += d[i];
                   }
@@ -316,6 +346,9 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
           }
           TGA_UNROLL
           for (int r = 0; r < T::kGroup; ++r) {
+            if (idle[r]) {
+              continue;
+            }
             accumulate_rows<T::kType, T::kCols, T::kRowBytes>(state[r].d_query, d_score[r], stage + r * 2 * T::kTileBytes,
                                                               j * 16);
           }

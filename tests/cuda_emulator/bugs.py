@@ -20,7 +20,8 @@ class Bug:
         """A copy of csrc with this bug in it; the path of its cuda folder."""
         root = folder / "csrc"
         shutil.copytree(build.CUDA, root / "cuda")
-        shutil.copy(build.CUDA.parent / "problem.h", root)
+        for header in ("problem.h", "visibility.h"):
+            shutil.copy(build.CUDA.parent / header, root)
         path = root / "cuda" / self.file
         text = path.read_text()
         assert self.right in text, f"{self.file} no longer contains what the bug {self.name!r} replaces"
