@@ -62,7 +62,8 @@ class RowBits {
 template <class T>
 struct BiasBlock {
   using Ring = KeyValueRing<T, RowBits<T>, 1, T::kThreads>;
-  static constexpr uint32_t kSharedBytes = RowBits<T>::kBytes + Ring::kBytes;
+  using Pairs = PairBits<16, T::kBlock / 32>;
+  static constexpr uint32_t kSharedBytes = RowBits<T>::kBytes + Ring::kBytes + T::kWarps * Pairs::kWarpBytes;
 };
 
 // The bias of the block's tile as C operands; unused by kGeneral and without bias.
@@ -119,6 +120,7 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
   }
 
   RowBits<T> mask_bits(dev::shared_base());
+  const typename BiasBlock<T>::Pairs pairs(dev::shared_base() + RowBits<T>::kBytes + BiasBlock<T>::Ring::kBytes);
   typename BiasBlock<T>::Ring ring(p, dev::thread_index(), dev::shared_base() + RowBits<T>::kBytes);
   for (int64_t panel = first_row; panel < end_row; panel += RowBits<T>::kPanelRows) {
     const int rows = end_row - panel < RowBits<T>::kPanelRows ? static_cast<int>(end_row - panel) : RowBits<T>::kPanelRows;
@@ -156,7 +158,12 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
       const float negative_delta[4] = {terms[0].negative_delta, terms[0].negative_delta, terms[1].negative_delta,
                                        terms[1].negative_delta};
       const GeneralBias<T::kType> general_bias(p, slab, batch_row, head);
-      const PairSight pairs = {sight.mask_is_of_pairs() ? sight.mask + row * p.mask.batch_row : nullptr};
+      const PairMask mask = {sight.mask_is_of_pairs() ? sight.mask + row * p.mask.batch_row : nullptr};
+      pairs.sync();
+      for (int word = 0; word < T::kBlock / 32; ++word) {
+        pairs.write_queries(p, mask, first_query, first_key + word * 32, word, mask_bits.bits(row, 0, word * 32));
+      }
+      pairs.sync();
       dev::wait_copies<0>();
       dev::sync_block();
       issue(following);
@@ -179,10 +186,11 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
           multiply<T::kType, T::kSteps>(score, query, key_rows, n, zero);
         }
         multiply<T::kType, T::kSteps>(d_prob, grad, value_rows, n, negative_delta);
-        const uint32_t bits = mask_bits.bits(row, 0, n * 8) >> (n % 4 * 8 + lane.pair * 2);
+        const uint32_t attended[2] = {pairs.from(lane.row, n * 8) >> lane.pair * 2,
+                                      pairs.from(lane.row + 8, n * 8) >> lane.pair * 2};
         TGA_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const float s = visible_score<T>(score[i], bits >> (i % 2) & 1, pairs, general_bias, p,
+          const float s = visible_score<T>(score[i], attended[i / 2] >> (i % 2) & 1, general_bias, p,
                                            first_query + lane.row + i / 2 * 8, first_key + n * 8 + lane.pair * 2 + i % 2);
           d_bias[n][i] += score_grad<true>(probability<T, true>(s, factor, terms[i / 2].shift), d_prob[i]);
         }

@@ -92,7 +92,9 @@ class QueryRing {
 
 template <class T>
 struct KeyBlock {
-  static constexpr uint32_t kSharedBytes = QueryPlan<T>::kBytes + T::kStages * T::kTeams * QueryRing<T>::kStageBytes;
+  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;
+  static constexpr uint32_t kRing = QueryPlan<T>::kBytes + T::kBlockThreads / 32 * Pairs::kWarpBytes;
+  static constexpr uint32_t kSharedBytes = kRing + T::kStages * T::kTeams * QueryRing<T>::kStageBytes;
 };
 
 // Adds to every dV row what fully masked queries give it under masked_rows = "mean": their dO / K.
@@ -195,7 +197,7 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
   }
 
-  QueryRing<T> ring(p, thread, dev::shared_base() + QueryPlan<T>::kBytes + team * QueryRing<T>::kStageBytes);
+  QueryRing<T> ring(p, thread, dev::shared_base() + KeyBlock<T>::kRing + team * QueryRing<T>::kStageBytes);
   const Range<int> tiles = plan.tiles(p);
   // The tiles [begin, end) of a head.
   const auto run = [&](int head, int begin, int end) {
@@ -233,7 +235,14 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       if (thread == 0 && exists) {
         dev::count_tile(slab_number * p.batch.rows + row, head, tile * T::kBlock, T::kBlock, first_key, T::kRows, kMasked);
       }
-      const PairSight pairs = kMasked ? plan.pairs() : PairSight();
+      const typename KeyBlock<T>::Pairs pairs(dev::shared_base() + QueryPlan<T>::kBytes);
+      if constexpr (kMasked) {
+        pairs.sync();
+        for (int word = 0; word < T::kBlock / 32; ++word) {
+          pairs.write_keys(p, plan.pair_mask(), first_key, tile * T::kBlock + word * 32, word, plan.length());
+        }
+        pairs.sync();
+      }
       TGA_UNROLL
       for (int j = 0; j < T::kBlock / 16; ++j) {
         float bias[T::kRowTiles][2][4];
@@ -266,12 +275,17 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
           for (int m = 0; m < T::kRowTiles; ++m) {
             multiply<T::kType, T::kSteps>(d_prob[m], value[m], grad, e, negative_delta);
             float x[4], d[4];
+            uint32_t attended_by[2] = {};
+            if constexpr (kMasked) {
+              attended_by[0] = pairs.from(m * 16 + lane.row, (2 * j + e) * 8) >> lane.pair * 2;
+              attended_by[1] = pairs.from(m * 16 + lane.row + 8, (2 * j + e) * 8) >> lane.pair * 2;
+            }
             TGA_UNROLL
             for (int i = 0; i < 4; ++i) {
               if constexpr (kMasked) {
-                const int k = first_key + m * 16 + lane.row + i / 2 * 8;
-                s[m][i] = visible_score<T>(s[m][i], k < plan.length(), pairs, general_bias, p,
-                                           tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2, k);
+                s[m][i] = visible_score<T>(s[m][i], attended_by[i / 2] >> (i % 2) & 1, general_bias, p,
+                                           tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2,
+                                           first_key + m * 16 + lane.row + i / 2 * 8);
               }
               x[i] = probability<T, asking.value>(s[m][i], factor, i % 2 == 0 ? shift.x : shift.y);
               d[i] = score_grad<kMasked>(x[i], d_prob[m][i]);

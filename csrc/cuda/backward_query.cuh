@@ -19,10 +19,15 @@ namespace torch_gated_attn::cuda {
 
 template <class T>
 struct QueryBlock {
-  using Plan = TilePlan<T::kTeams * T::kGroup, T::kBlock, T::kBlockThreads>;
+  // A strip of more keys than this fits no shared memory, so one panel holds them all.
+  static constexpr int kLongestStrip = 1024;
+  using Plan = TilePlan<T::kTeams * T::kGroup, T::kBlock, T::kBlockThreads, T::kStrip ? kLongestStrip : kLongestPanel>;
+  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;  // for each batch row of a team
   using Ring = KeyValueRing<T, Plan, T::kGroup, T::kThreads>;
   static constexpr uint32_t kStageBytes = T::kTeams * Ring::kStageBytes;
-  static constexpr uint32_t kFixedBytes = Plan::kBytes + T::kStages * kStageBytes;
+  static constexpr uint32_t kPairBytes = T::kBlockThreads / 32 * Pairs::kWarpBytes;
+  static constexpr uint32_t kRing = Plan::kBytes + T::kGroup * kPairBytes;
+  static constexpr uint32_t kFixedBytes = kRing + T::kStages * kStageBytes;
 
   static int64_t strip_bytes(int k_len) {
     return T::kStrip ? int64_t{T::kRows} * ((k_len + T::kBlock - 1) / T::kBlock * T::kBlock) * 4 : 0;
@@ -153,7 +158,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
   const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
   const float factor = score_factor<T>(p);
 
-  const uint32_t ring_base = dev::shared_base() + Block::Plan::kBytes;
+  const uint32_t ring_base = dev::shared_base() + Block::kRing;
   typename Block::Plan plan(dev::shared_base());
   typename Block::Ring ring(p, thread, ring_base + team * Block::Ring::kStageBytes, Block::kStageBytes);
   const int strip_tiles = (p.k_len + T::kBlock - 1) / T::kBlock * T::kSubtiles;
@@ -191,7 +196,8 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
     const Range<int> keys_seen = query_sight<T>(p, place, group_row).keys(rows);
 
     // A strip only fits shared memory where all keys are one panel.
-    for (int panel = T::kStrip ? 0 : keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end; panel += kPanelKeys) {
+    for (int panel = T::kStrip ? 0 : keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end;
+         panel += Block::Plan::kPanel) {
       const QueryPlace same = query_place<T>(p);
       plan.build(query_sight<T>(p, same, same.first_row + static_cast<int64_t>(group) * kRowsAtOnce), rows, panel,
                  keys_seen);
@@ -258,6 +264,21 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
             }
           }
         }
+        const auto pairs = [&](int r) {
+          return typename Block::Pairs(dev::shared_base() + Block::Plan::kBytes + r * Block::kPairBytes);
+        };
+        if constexpr (masked.value) {
+          dev::sync_warp();
+          TGA_UNROLL
+          for (int r = 0; r < T::kGroup; ++r) {
+            for (int word = 0; word < T::kBlock / 32; ++word) {
+              const int row = team * T::kGroup + r;
+              pairs(r).write_queries(p, plan.pair_mask(p, row), first_query, panel + key + word * 32, word,
+                                     plan.bits(row, key, word * 32));
+            }
+          }
+          dev::sync_warp();
+        }
         const uint32_t strip_tile = strip + key / 8 * 512;
         if constexpr (T::kBias == BiasAccess::kHalf) {
           bias_source.begin_tile(panel + key);
@@ -311,20 +332,19 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
               for (int m = 0; m < T::kRowTiles; ++m) {
                 multiply<T::kType, T::kSteps>(d_prob[m], state[r].grad[m], value_rows[r], e, state[r].negative_delta[m]);
               }
-              uint32_t bits = 0;
-              PairSight pairs;
-              if constexpr (masked.value) {
-                pairs = plan.pairs(p, team * T::kGroup + r);
-                bits = plan.bits(team * T::kGroup + r, key, first) >> (first % 32 + lane.pair * 2);
-              }
               TGA_UNROLL
               for (int m = 0; m < T::kRowTiles; ++m) {
                 float d[4];
+                uint32_t attended[2] = {};
+                if constexpr (masked.value) {
+                  attended[0] = pairs(r).from(m * 16 + lane.row, first) >> lane.pair * 2;
+                  attended[1] = pairs(r).from(m * 16 + lane.row + 8, first) >> lane.pair * 2;
+                }
                 TGA_UNROLL
                 for (int i = 0; i < 4; ++i) {
                   float s = score[m][i];
                   if constexpr (masked.value) {
-                    s = visible_score<T>(s, bits >> (i % 2) & 1, pairs, general_bias, p,
+                    s = visible_score<T>(s, attended[i / 2] >> (i % 2) & 1, general_bias, p,
                                          first_query + m * 16 + lane.row + i / 2 * 8,
                                          panel + key + first + lane.pair * 2 + i % 2);
                   }

@@ -18,10 +18,11 @@ template <class T>
 struct ForwardBlock {
   using Plan = TilePlan<T::kGroup, T::kBlock, T::kThreads>;
   using Ring = KeyValueRing<T, Plan, 1, T::kThreads>;
+  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;
   using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kSteps, T::kThreads, T::kStationaryInShared>;
   static constexpr uint32_t kRingBytes = Ring::kBytes + Ring::Pointers::kBytes;
-  // The pointers of the bias come last.
-  static constexpr uint32_t kSharedBytes = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;
+  static constexpr uint32_t kPairs = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;  // come last
+  static constexpr uint32_t kSharedBytes = kPairs + T::kWarps * Pairs::kWarpBytes;
 };
 
 // What a block works on.
@@ -215,7 +216,7 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
   const GeneralBias<T::kType> general_bias(p, place.slab, place.first_row, place.head);
   const Range<int> keys_seen = forward_sight<T>(p, place).keys(rows);
 
-  for (int panel = keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end; panel += kPanelKeys) {
+  for (int panel = keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end; panel += Block::Plan::kPanel) {
     const ForwardPlace same = forward_place<T>(p);
     plan.build(forward_sight<T>(p, same), rows, panel, keys_seen);
     ring.restart();
@@ -259,20 +260,29 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
           dev::count_tile(place.slab_number * p.batch.rows + place.first_row + r, place.head, first_query, T::kRows,
                           panel + key, T::kBlock, masked.value);
         }
+        const typename Block::Pairs pairs(dev::shared_base() + Block::kPairs);
+        if constexpr (masked.value) {
+          pairs.sync();
+          for (int word = 0; word < T::kBlock / 32; ++word) {
+            pairs.write_queries(p, plan.pair_mask(p, r), first_query, panel + key + word * 32, word,
+                                plan.bits(r, key, word * 32));
+          }
+          pairs.sync();
+        }
         float score[T::kRowTiles][T::kSubtiles][4];
         score_tile<T>(score, queries, r, bias, keys);
         if constexpr (masked.value) {
-          const PairSight pairs = plan.pairs(p, r);
           TGA_UNROLL
           for (int n = 0; n < T::kSubtiles; ++n) {
-            const uint32_t bits = plan.bits(r, key, n * 8) >> (n % 4 * 8 + lane.pair * 2);
             TGA_UNROLL
-            for (int m = 0; m < T::kRowTiles; ++m) {
+            for (int i = 0; i < 2 * T::kRowTiles; ++i) {
+              const int row = lane.row + 8 * i;
+              const uint32_t attended = pairs.from(row, n * 8) >> lane.pair * 2;
               TGA_UNROLL
-              for (int e = 0; e < 4; ++e) {
-                score[m][n][e] = visible_score<T>(score[m][n][e], bits >> (e % 2) & 1, pairs, general_bias, p,
-                                                  first_query + m * 16 + lane.row + e / 2 * 8,
-                                                  panel + key + n * 8 + lane.pair * 2 + e % 2);
+              for (int e = 0; e < 2; ++e) {
+                float& s = score[i / 2][n][i % 2 * 2 + e];
+                s = visible_score<T>(s, attended >> e & 1, general_bias, p, first_query + row,
+                                     panel + key + n * 8 + lane.pair * 2 + e);
               }
             }
           }

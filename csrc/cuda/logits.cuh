@@ -39,17 +39,14 @@ struct GeneralBias {
   }
 };
 
-// The score of a pair that may be excluded; of a general kernel its logit. `attended`: what the kernel knows of keys.
+// The score of a pair that may be excluded; of a general kernel its logit.
 template <class T>
-TGA_DEVICE float visible_score(float score, bool attended, const PairSight& sight, const GeneralBias<T::kType>& bias,
-                               const AttentionParams& p, int query, int key) {
-  if (!attended || !sight(p, query, key)) {
+TGA_DEVICE float visible_score(float score, bool attended, const GeneralBias<T::kType>& bias, const AttentionParams& p,
+                               int query, int key) {
+  if (!attended) {
     return -INFINITY;
   }
-  if constexpr (T::kGeneral) {
-    return query < p.q_len ? bias(query, key, dev::multiply(score, p.scale * kLog2e)) : -INFINITY;
-  }
-  return score;
+  return T::kGeneral ? bias(query, key, dev::multiply(score, p.scale * kLog2e)) : score;
 }
 
 // What turns scores into logits in units of log2: |scale| goes into the exponent and its sign into the queries or keys;

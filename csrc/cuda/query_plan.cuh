@@ -80,8 +80,8 @@ class QueryPlan {
   TGA_DEVICE int full_until(int tile, int end) const { return first_with(mixed_, tile, end); }
   // Whether this thread's team attends to something in a tile.
   TGA_DEVICE bool attends(int tile) const { return (mine_ >> place(tile) & 1) != 0; }
-  // For the team's pairs whose key exists. The mask waits in shared memory, not in registers.
-  TGA_DEVICE PairSight pairs() const {
+  // The team's mask of pairs, which waits in shared memory, not in registers.
+  TGA_DEVICE PairMask pair_mask() const {
     const uint32_t at = mask_address(dev::thread_index() / T::kThreads);
     const uint64_t low = dev::load_shared<uint32_t>(at), high = dev::load_shared<uint32_t>(at + 4);
     return {(low | high) == 0 ? nullptr : reinterpret_cast<const uint8_t*>(dev::global_pointer(high << 32 | low))};

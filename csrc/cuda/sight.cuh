@@ -32,17 +32,76 @@ TGA_DEVICE const uint8_t* mask_of(const AttentionParams& p, const SlabIndex& sla
   return p.mask.data == nullptr ? nullptr : static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(slab, batch_row, head);
 }
 
-// Whether single pairs are attended to, of keys that exist and that a mask of keys attends to.
-struct PairSight {
-  const uint8_t* mask = nullptr;  // of the batch row and head, where it is no mask of keys
+// Bits [begin - first, end - first) of 32.
+TGA_DEVICE uint32_t bits_of(Range<int> range, int first) {
+  const auto below = [](int n) { return n <= 0 ? 0u : n >= 32 ? 0xffffffffu : (1u << n) - 1; };
+  return below(range.end - first) & ~below(range.begin - first);
+}
 
-  TGA_DEVICE bool operator()(const AttentionParams& p, int query, int key) const {
-    if (p.is_causal && !visibility(p, p.k_len).sees(query, key)) {
-      return false;
-    }
-    return mask == nullptr ||
-           (query < p.q_len && dev::load_global<uint8_t>(mask + query * p.mask.row + key * p.mask.col) != 0);
+// A mask that is none of keys, of a batch row and head; null where there is none.
+struct PairMask {
+  const uint8_t* data = nullptr;
+
+  TGA_DEVICE bool attended(const AttentionParams& p, int query, int key) const {
+    return dev::load_global<uint8_t>(data + query * p.mask.row + key * p.mask.col) != 0;
   }
+};
+
+// Which pairs of a tile a warp's rows attend to: a bit each in shared memory, written ahead of the scores, when registers
+// are free, and read where a score is.
+template <int kRows, int kWords>
+class PairBits {
+ public:
+  static constexpr uint32_t kWarpBytes = kRows * kWords * 4;
+
+  // `shared` is the block's, kWarpBytes to a warp.
+  TGA_DEVICE explicit PairBits(uint32_t shared) : shared_(shared + dev::thread_index() / 32 * kWarpBytes) {}
+
+  // Rows are queries. `keys`: those that the row of the plan attends to of the 32 from `first_key` on, which are `word`'s.
+  TGA_DEVICE void write_queries(const AttentionParams& p, const PairMask& mask, int first_query, int first_key, int word,
+                                uint32_t keys) const {
+    const int lane = dev::thread_index() % 32, query = first_query + lane;
+    uint32_t bits = query < p.q_len ? keys : 0;
+    if (p.is_causal) {
+      bits &= bits_of(visibility(p, p.k_len).keys_of(query), first_key);
+    }
+    for (int row = 0; mask.data != nullptr && row < kRows; ++row) {
+      const uint32_t votes = dev::ballot((keys >> lane & 1) != 0 && first_query + row < p.q_len &&
+                                         mask.attended(p, first_query + row, first_key + lane));
+      bits &= row == lane ? votes : 0xffffffffu;
+    }
+    write(lane, word, bits);
+  }
+
+  // Rows are keys, of which `length` exist; bits are those of 32 queries.
+  TGA_DEVICE void write_keys(const AttentionParams& p, const PairMask& mask, int first_key, int first_query, int word,
+                             int length) const {
+    const int lane = dev::thread_index() % 32, key = first_key + lane;
+    uint32_t bits = bits_of(visibility(p, length).queries_of({key, key + 1}), first_query);
+    for (int i = 0; mask.data != nullptr && i < 32; ++i) {
+      if ((bits >> i & 1) != 0 && !mask.attended(p, first_query + i, key)) {
+        bits &= ~(1u << i);
+      }
+    }
+    write(lane, word, bits);
+  }
+
+  // Before the first word of a tile is written, and after the last.
+  TGA_DEVICE void sync() const { dev::sync_warp(); }
+
+  // The bits of a row from a column of the tile on, to the end of its word.
+  TGA_DEVICE uint32_t from(int row, int column) const {
+    return dev::load_shared<uint32_t>(shared_ + (row * kWords + column / 32) * 4) >> (column % 32);
+  }
+
+ private:
+  TGA_DEVICE void write(int row, int word, uint32_t bits) const {
+    if (row < kRows) {
+      dev::store_shared(shared_ + (row * kWords + word) * 4, bits);
+    }
+  }
+
+  uint32_t shared_;
 };
 
 // Of 32 keys, a bit each: those that some query of a range attends to, and those that all of them do.

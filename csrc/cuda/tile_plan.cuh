@@ -11,12 +11,13 @@
 
 namespace torch_gated_attn::cuda {
 
-constexpr int kPanelKeys = 4096;
+constexpr int kLongestPanel = 4096;
 
-template <int kRows, int kBlock, int kThreads>
+template <int kRows, int kBlock, int kThreads, int kPanelKeys = kLongestPanel>
 class TilePlan {
  public:
-  static constexpr int kPanelWords = kPanelKeys / 32, kTiles = kPanelKeys / kBlock, kTileWords = kBlock / 32;
+  static constexpr int kPanel = kPanelKeys, kPanelWords = kPanelKeys / 32, kTiles = kPanelKeys / kBlock,
+                       kTileWords = kBlock / 32;
   static constexpr uint32_t kBits = 0, kList = kRows * kPanelWords * 4, kCounts = kList + kTiles * 4, kMask = kCounts + 8;
   static constexpr uint32_t kBytes = (kMask + 8 + 255) / 256 * 256;
   static_assert(kBlock % 32 == 0, "a tile is whole words of mask bits");
@@ -78,8 +79,8 @@ class TilePlan {
     return dev::load_shared<uint32_t>(bits_address(row, key) + offset / 32 * 4);
   }
 
-  // Of a row that attends to keys as the bits say. The mask waits in shared memory, not in registers.
-  TGA_DEVICE PairSight pairs(const AttentionParams& p, int row) const {
+  // A row's mask of pairs, which waits in shared memory, not in registers.
+  TGA_DEVICE PairMask pair_mask(const AttentionParams& p, int row) const {
     const uint64_t low = dev::load_shared<uint32_t>(shared_ + kMask),
                    high = dev::load_shared<uint32_t>(shared_ + kMask + 4);
     if ((low | high) == 0) {
@@ -100,7 +101,7 @@ class TilePlan {
  private:
   // One warp replaces what each tile is by the list of those to visit, with votes.
   TGA_DEVICE void write_list(int first, int end, int lane) {
-    constexpr int kTilesPerLane = kTiles / 32;
+    constexpr int kTilesPerLane = (kTiles + 31) / 32;
     Cover covers[kTilesPerLane];
     TGA_UNROLL
     for (int i = 0; i < kTilesPerLane; ++i) {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs the emulated CUDA kernels on torch CPU tensors, through the torch-free Problem of csrc/problem.h."""
 
+import contextlib
 import ctypes
 import math
 
@@ -9,6 +10,7 @@ import torch
 from . import kernels
 
 LAUNCHED: set[kernels.Kernel] = set()  # by all calls so far; who wants to know clears it
+TILES: list[kernels.Tile] | None = None  # computed by all calls so far, where somebody wants to know
 MAX_BATCH_DIMS = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -134,10 +136,23 @@ class Call:
             self.library.emulator_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size), int(writable))
         message = function(ctypes.byref(self.problem), *arguments).decode()
         LAUNCHED.update(kernels.parse(self.library.emulator_launched().decode()))
+        if TILES is not None:
+            TILES.extend(kernels.parse_tiles(self.library.emulator_tiles().decode()))
         report = self.library.emulator_report().contents
         if message or report.findings():
             raise Finding(f"{message} {report.findings()}")
         return report
+
+
+@contextlib.contextmanager
+def recorded_tiles():
+    """A list that grows by the tiles that kernels compute within."""
+    global TILES
+    TILES = []
+    try:
+        yield TILES
+    finally:
+        TILES = None
 
 
 def load(path):
