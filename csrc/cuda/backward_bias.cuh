@@ -158,12 +158,18 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
       const float negative_delta[4] = {terms[0].negative_delta, terms[0].negative_delta, terms[1].negative_delta,
                                        terms[1].negative_delta};
       const GeneralBias<T::kType> general_bias(p, slab, batch_row, head);
-      const PairMask mask = {sight.mask_is_of_pairs() ? sight.mask + row * p.mask.batch_row : nullptr};
-      pairs.sync();
-      for (int word = 0; word < T::kBlock / 32; ++word) {
-        pairs.write_queries(p, mask, first_query, first_key + word * 32, word, mask_bits.bits(row, 0, word * 32));
+      // The same bits for all queries, or those of this lane's two.
+      uint32_t attended_at[2] = {mask_bits.bits_address(row, 0), mask_bits.bits_address(row, 0)};
+      if (p.is_causal || sight.mask_is_of_pairs()) {
+        const PairMask mask = {sight.mask_is_of_pairs() ? sight.mask + row * p.mask.batch_row : nullptr};
+        pairs.sync();
+        for (int word = 0; word < T::kBlock / 32; ++word) {
+          pairs.write_queries(p, mask, first_query, first_key + word * 32, word, mask_bits.bits(row, 0, word * 32));
+        }
+        pairs.sync();
+        attended_at[0] = pairs.address(lane.row);
+        attended_at[1] = pairs.address(lane.row + 8);
       }
-      pairs.sync();
       dev::wait_copies<0>();
       dev::sync_block();
       issue(following);
@@ -186,8 +192,11 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
           multiply<T::kType, T::kSteps>(score, query, key_rows, n, zero);
         }
         multiply<T::kType, T::kSteps>(d_prob, grad, value_rows, n, negative_delta);
-        const uint32_t attended[2] = {pairs.from(lane.row, n * 8) >> lane.pair * 2,
-                                      pairs.from(lane.row + 8, n * 8) >> lane.pair * 2};
+        uint32_t attended[2];
+        TGA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          attended[i] = dev::load_shared<uint32_t>(attended_at[i] + n / 4 * 4) >> (n % 4 * 8 + lane.pair * 2);
+        }
         TGA_UNROLL
         for (int i = 0; i < 4; ++i) {
           const float s = visible_score<T>(score[i], attended[i / 2] >> (i % 2) & 1, general_bias, p,

@@ -149,7 +149,8 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
   const bool exists = row < p.batch.rows;
   const float factor = score_factor<T>(p);
 
-  QueryPlan<T> plan(p, slab, row, first_key / T::kRows * T::kRows, dev::shared_base());
+  QueryPlan<T> plan(dev::shared_base());
+  plan.begin(p, slab, row);
 
   // Rows whose key no query attends to, as far as positions and a mask of keys say: they hold anything, and get zeros.
   bool attended[T::kRowTiles][2];
@@ -198,9 +199,8 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
   }
 
   QueryRing<T> ring(p, thread, dev::shared_base() + KeyBlock<T>::kRing + team * QueryRing<T>::kStageBytes);
-  const Range<int> tiles = plan.tiles(p);
-  // The tiles [begin, end) of a head.
-  const auto run = [&](int head, int begin, int end) {
+  // The tiles [begin, end) of a panel and head.
+  const auto run = [&](int head, int panel, int begin, int end) {
     dev::sync_block();  // the last run's tiles are no longer read
     ring.begin(p, half_rows<T>(p.query, slab, row, head), scratch_entry(p, slab_number, exists ? row : 0, head),
                begin * T::kBlock, exists);
@@ -228,7 +228,7 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       constexpr bool kMasked = T::kGeneral || asking.value;
       const uint32_t queries = ring.next_read(), grads = queries + T::kTileBytes;
       const uint32_t terms = grads + T::kTileBytes + lane.pair * 32;
-      if (kMasked && !plan.attends(tile)) {
+      if (kMasked && !plan.attends(p, panel, tile)) {
         bias_rows.next_tile();
         return;
       }
@@ -304,7 +304,7 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     int tile = begin;
     bool low = arrive(tile);
     while (tile < end) {
-      const int stop = T::kGeneral ? end : plan.full_until(tile, end);
+      const int stop = T::kGeneral ? end : plan.full_until(p, panel, tile, end);
       if (T::kGeneral || (tile < stop && !low)) {
         do {
           visit(tile, std::false_type());
@@ -320,14 +320,17 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
   };
   for (int h = 0; h < heads_per_kv; ++h) {
-    const int head = kv_head * heads_per_kv + h, step = plan.panel_tiles(tiles.size());
+    // Opaque: worked out anew for every panel, it fills no registers through the main loop.
+    const auto block_key = [&] { return dev::opaque(first_key) / T::kRows * T::kRows; };
+    const Range<int> tiles = plan.tiles(p, block_key());
+    const int step = plan.panel_tiles(p, tiles.size());
     for (int panel = tiles.begin; panel < tiles.end; panel += step) {
-      plan.build(p, slab, row, head, panel);
-      const int panel_end = panel + step < tiles.end ? panel + step : tiles.end;
-      for (int begin = plan.next(panel, panel_end); begin < panel_end;) {
-        const int end = plan.run_end(begin, panel_end);
-        run(head, begin, end);
-        begin = plan.next(end, panel_end);
+      const int head = kv_head * heads_per_kv + h, panel_end = panel + step < tiles.end ? panel + step : tiles.end;
+      plan.build(p, slab, row, head, block_key(), panel);
+      for (int begin = plan.next(p, panel, panel, panel_end); begin < panel_end;) {
+        const int end = plan.run_end(p, panel, begin, panel_end);
+        run(head, panel, begin, end);
+        begin = plan.next(p, panel, end, panel_end);
       }
     }
   }

@@ -214,11 +214,16 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
                             first_query, p.q_len, 1.0f / fabsf(p.scale),
                             dev::shared_base() + Block::Plan::kBytes + Block::kRingBytes + Block::Queries::kBytes);
   const GeneralBias<T::kType> general_bias(p, place.slab, place.first_row, place.head);
-  const Range<int> keys_seen = forward_sight<T>(p, place).keys(rows);
+  // Worked out anew for every panel: kept, what it is made of would fill registers through the main loop.
+  const auto with_sight = [&](auto use) {
+    const ForwardPlace here = forward_place<T>(p);
+    const int64_t left = p.batch.rows - here.first_row;
+    return use(forward_sight<T>(p, here), left < T::kGroup ? static_cast<int>(left) : T::kGroup);
+  };
+  const auto keys_seen = [&] { return with_sight([](const BlockSight& sight, int rows) { return sight.keys(rows); }); };
 
-  for (int panel = keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end; panel += Block::Plan::kPanel) {
-    const ForwardPlace same = forward_place<T>(p);
-    plan.build(forward_sight<T>(p, same), rows, panel, keys_seen);
+  for (int panel = keys_seen().begin / T::kBlock * T::kBlock; panel < keys_seen().end; panel += Block::Plan::kPanel) {
+    with_sight([&](const BlockSight& sight, int rows) { plan.build(sight, rows, panel, sight.keys(rows)); });
     ring.restart();
     // Step `step` of the copies counts batch rows within tiles; it is kStages - 1 steps ahead of the products.
     const auto issue = [&](int i, int step) {

@@ -46,7 +46,10 @@ TGA_DEVICE float visible_score(float score, bool attended, const GeneralBias<T::
   if (!attended) {
     return -INFINITY;
   }
-  return T::kGeneral ? bias(query, key, dev::multiply(score, p.scale * kLog2e)) : score;
+  if constexpr (T::kGeneral) {
+    return query < p.q_len ? bias(query, key, dev::multiply(score, p.scale * kLog2e)) : -INFINITY;
+  }
+  return score;
 }
 
 // What turns scores into logits in units of log2: |scale| goes into the exponent and its sign into the queries or keys;

@@ -89,9 +89,11 @@ class PairBits {
   // Before the first word of a tile is written, and after the last.
   TGA_DEVICE void sync() const { dev::sync_warp(); }
 
+  // Where the words of a row begin.
+  TGA_DEVICE uint32_t address(int row) const { return shared_ + row * kWords * 4; }
   // The bits of a row from a column of the tile on, to the end of its word.
   TGA_DEVICE uint32_t from(int row, int column) const {
-    return dev::load_shared<uint32_t>(shared_ + (row * kWords + column / 32) * 4) >> (column % 32);
+    return dev::load_shared<uint32_t>(address(row) + column / 32 * 4) >> (column % 32);
   }
 
  private:
