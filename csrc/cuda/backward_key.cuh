@@ -131,21 +131,40 @@ TGA_DEVICE void add_mean_rows(float (&d_value)[T::kRowTiles][T::kCols][4], const
   }
 }
 
+// What a thread works on.
+struct KeyPlace {
+  SlabIndex slab;
+  int64_t slab_number, row;  // the team's batch row
+  int kv_head, first_key;    // of this warp
+};
+
+template <class T>
+TGA_DEVICE KeyPlace key_place(const BackwardParams& p) {
+  // Worked out anew wherever it is needed, hence opaque: kept, it would fill a dozen registers through the main loop.
+  int64_t index = p.first_block + dev::opaque(dev::block_index());
+  const int key_tiles = (p.k_len + T::kRows - 1) / T::kRows;
+  KeyPlace place;
+  place.first_key =
+      static_cast<int>(index % key_tiles) * T::kRows + dev::thread_index() % T::kThreads / 32 * 16 * T::kRowTiles;
+  index /= key_tiles;
+  const int64_t groups = (p.batch.rows + T::kTeams - 1) / T::kTeams;
+  place.row = index % groups * T::kTeams + dev::thread_index() / T::kThreads;
+  index /= groups;
+  place.kv_head = static_cast<int>(index % p.kv_heads);
+  place.slab_number = index / p.kv_heads;
+  place.slab = slab_index(p.batch, place.slab_number);
+  return place;
+}
+
 template <class T>
 TGA_KERNEL(T::kBlockThreads, 1)
 backward_key_kernel(TGA_PARAMS BackwardParams p) {
   const Lane lane = this_lane();
-  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
-  int64_t index = p.first_block + dev::block_index();
-  const int key_tiles = (p.k_len + T::kRows - 1) / T::kRows;
-  const int first_key = static_cast<int>(index % key_tiles) * T::kRows + warp * 16 * T::kRowTiles;
-  index /= key_tiles;
-  const int64_t groups = (p.batch.rows + T::kTeams - 1) / T::kTeams;
-  const int64_t row = index % groups * T::kTeams + team;
-  index /= groups;
-  const int kv_head = static_cast<int>(index % p.kv_heads), heads_per_kv = p.heads / p.kv_heads;
-  const int64_t slab_number = index / p.kv_heads;
-  const SlabIndex slab = slab_index(p.batch, slab_number);
+  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads;
+  const KeyPlace place = key_place<T>(p);
+  const int first_key = place.first_key, heads_per_kv = p.heads / p.kv_heads, kv_head = place.kv_head;
+  const SlabIndex& slab = place.slab;
+  const int64_t slab_number = place.slab_number, row = place.row;
   const bool exists = row < p.batch.rows;
   const float factor = score_factor<T>(p);
 
@@ -202,8 +221,10 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
   // The tiles [begin, end) of a panel and head.
   const auto run = [&](int head, int panel, int begin, int end) {
     dev::sync_block();  // the last run's tiles are no longer read
-    ring.begin(p, half_rows<T>(p.query, slab, row, head), scratch_entry(p, slab_number, exists ? row : 0, head),
-               begin * T::kBlock, exists);
+    const KeyPlace here = key_place<T>(p);
+    const bool here_exists = here.row < p.batch.rows;
+    ring.begin(p, half_rows<T>(p.query, here.slab, here.row, head),
+               scratch_entry(p, here.slab_number, here_exists ? here.row : 0, head), begin * T::kBlock, here_exists);
     const auto issue = [&](int tile) {
       if (tile < end) {
         ring.copy_tile(p);
@@ -214,8 +235,8 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     for (int i = 0; i < T::kStages - 1; ++i) {
       issue(begin + i);
     }
-    BiasAlongQueries<T> bias_rows(p, bias_entry(p, slab_number, head), first_key, begin * T::kBlock);
-    const GeneralBias<T::kType> general_bias(p, slab, row, head);
+    BiasAlongQueries<T> bias_rows(p, bias_entry(p, here.slab_number, head), here.first_key, begin * T::kBlock);
+    const GeneralBias<T::kType> general_bias(p, here.slab, here.row, head);
     // Waits for a tile; whether it has a low row.
     const auto arrive = [&](int tile) {
       dev::wait_copies<T::kStages - 2>();
@@ -320,13 +341,12 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
   };
   for (int h = 0; h < heads_per_kv; ++h) {
-    // Opaque: worked out anew for every panel, it fills no registers through the main loop.
-    const auto block_key = [&] { return dev::opaque(first_key) / T::kRows * T::kRows; };
-    const Range<int> tiles = plan.tiles(p, block_key());
-    const int step = plan.panel_tiles(p, tiles.size());
-    for (int panel = tiles.begin; panel < tiles.end; panel += step) {
-      const int head = kv_head * heads_per_kv + h, panel_end = panel + step < tiles.end ? panel + step : tiles.end;
-      plan.build(p, slab, row, head, block_key(), panel);
+    const auto tiles = [&] { return plan.tiles(p, key_place<T>(p).first_key / T::kRows * T::kRows); };
+    const int step = plan.panel_tiles(p, tiles().size());
+    for (int panel = tiles().begin, last = tiles().end; panel < last; panel += step) {
+      const KeyPlace here = key_place<T>(p);
+      const int head = here.kv_head * heads_per_kv + h, panel_end = panel + step < last ? panel + step : last;
+      plan.build(p, here.slab, here.row, head, here.first_key / T::kRows * T::kRows, panel);
       for (int begin = plan.next(p, panel, panel, panel_end); begin < panel_end;) {
         const int end = plan.run_end(p, panel, begin, panel_end);
         run(head, panel, begin, end);
@@ -335,6 +355,7 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
   }
 
+  const KeyPlace here = key_place<T>(p);
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
     TGA_UNROLL
@@ -346,22 +367,22 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       }
     }
   }
-  if (!exists) {
+  if (here.row >= p.batch.rows) {
     return;
   }
   for (int h = 0; p.mean_rows && h < heads_per_kv; ++h) {
-    add_mean_rows<T>(d_value, p, scratch_entry(p, slab_number, row, kv_head * heads_per_kv + h));
+    add_mean_rows<T>(d_value, p, scratch_entry(p, here.slab_number, here.row, here.kv_head * heads_per_kv + h));
   }
   const auto store = [&](const Operand& to, const float (&d)[T::kRowTiles][T::kCols][4], int cols) {
     if (to.data == nullptr) {
       return;
     }
-    uint16_t* const rows = static_cast<uint16_t*>(to.data) + to.offset(slab, row, kv_head);
+    uint16_t* const rows = static_cast<uint16_t*>(to.data) + to.offset(here.slab, here.row, here.kv_head);
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       TGA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const int k = first_key + m * 16 + lane.row + 8 * i;
+        const int k = here.first_key + m * 16 + lane.row + 8 * i;
         TGA_UNROLL
         for (int n = 0; n < T::kCols; ++n) {
           if (k < p.k_len) {
