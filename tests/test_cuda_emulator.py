@@ -220,7 +220,8 @@ def test_planted_bug_is_caught(tmp_path, bug):
         inputs = inputs.replace(mask=torch.zeros(70, 150, dtype=torch.bool))
         inputs.mask[66:, 140] = inputs.mask[:60, :50] = True
         inputs.mask[67:, 140] = False
-    inputs = inputs.replace(bias=inputs.bias + torch.linspace(0, 60, 150).to(BF16))  # the largest logits come last
+    if not bug.changes:  # whose hidden keys are to count
+        inputs = inputs.replace(bias=inputs.bias + torch.linspace(0, 60, 150).to(BF16))  # the largest logits come last
 
     def judge():
         judge = Judge()

@@ -275,9 +275,9 @@ EDGES = [
     {"is_causal": True, "q": 33, "k": 76},
     {"is_causal": True, "q": 76, "k": 34},
     {"is_causal": True, "window": 1, "masked_rows": "mean", "q": 76, "k": 34},
-    {"is_causal": True, "window": 33, "key_lengths": [76, 40]},
-    {"key_lengths": [1, 75], "mask": None},
-    {"key_lengths": [0, 76], "masked_rows": "mean"},
+    {"is_causal": True, "window": 33, "key_lengths": [76, 40, 33]},
+    {"key_lengths": [1, 75, 76], "mask": None},
+    {"key_lengths": [0, 76, 64], "masked_rows": "mean"},
 ]
 
 
@@ -285,7 +285,7 @@ EDGES = [
 def test_positions_and_lengths(column, positions):
     def calls(way, dtype):
         judge = Judge()
-        judge.compare(f"{way.name} {dtype}", way.draw(dtype, **{"batch": (2,), "heads": 1, **positions}))
+        judge.compare(f"{way.name} {dtype}", way.draw(dtype, **{"heads": 1, **positions}))
         judge.verdict()
 
     column(calls)
@@ -296,8 +296,8 @@ def test_masks_that_differ_between_queries(column):
 
     def calls(way, dtype):
         judge = Judge()
-        judge.compare(f"{way.name} {dtype} random", way.draw(dtype, batch=(2,), heads=1, mask="full", is_causal=True))
-        inputs = way.draw(dtype, batch=(2,), heads=2, kv_heads=1, masked_rows="mean")
+        judge.compare(f"{way.name} {dtype} random", way.draw(dtype, heads=1, mask="full", is_causal=True))
+        inputs = way.draw(dtype, kv_heads=1, masked_rows="mean")
         k = inputs.key.size(-2)
         mask = torch.zeros(2, Q, k, dtype=torch.bool)
         mask[0, 8:40, 3:30] = mask[1, :64, 64:] = mask[0, 71, 70] = True
@@ -314,7 +314,7 @@ def test_keys_that_no_query_sees_leave_no_trace(column):
     """NaN beyond the lengths, before the window of the first query, and where a mask hides a key from all queries."""
 
     def calls(way, dtype):
-        clean = way.draw(dtype, batch=(2,), heads=1, q=33, is_causal=True, window=9, key_lengths=[70, 50], mask=None)
+        clean = way.draw(dtype, heads=1, q=33, is_causal=True, window=9, key_lengths=[70, 50, 76], mask=None)
         k = clean.key.size(-2)
         key = torch.arange(k)
         hidden = (key >= clean.key_lengths[:, None]) | (key <= k - 33 - 9)

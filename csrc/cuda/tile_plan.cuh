@@ -47,9 +47,9 @@ class TilePlan {
         }
       }
       if (lane == 0) {
-        dev::store_shared(shared_ + kList + tile * 4, static_cast<uint32_t>(some == 0            ? Cover::kEmpty
-                                                                            : all == 0xffffffffu ? Cover::kFull
-                                                                                                 : Cover::kMixed));
+        const Cover partly = some == 0 ? Cover::kEmpty : Cover::kMixed;
+        const Cover cover = all == 0xffffffffu ? Cover::kFull : partly;
+        dev::store_shared(shared_ + kList + tile * 4, static_cast<uint32_t>(cover));
       }
     }
     if (dev::thread_index() == 0) {
