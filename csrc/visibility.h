@@ -58,8 +58,9 @@ struct Visibility {
     if (!causal) return {0, q_len};
     const Int first = k_len - q_len;  // position of query 0; negative where there are more queries than keys
     Range<Int> queries = {greatest(keys.begin - first, 0), q_len};
-    // Query i sees key j while p < j + window.
-    if (window > 0 && window < k_len) queries.end = least(queries.end, greatest(keys.end - 1 + window - first, 0));
+    // Query i sees key j while p < j + window; no sum here is larger than a length.
+    const Int behind = k_len - window - (keys.end - 1);  // that many of the last queries do not see the last key
+    if (window > 0 && behind > 0) queries.end = greatest(q_len - behind, 0);
     return queries;
   }
 

@@ -182,7 +182,12 @@ EXPLAINED = [
     ({"bias": (1, 2, 16, 24)}, "the tensor-core kernel that shares the bias between batch rows"),
     ({"bias": None}, "the tensor-core kernel without bias"),
     ({"d": 12}, "the general tensor-core kernel: head_dim is not a multiple of 8"),
-    ({"mask": "full"}, "the general tensor-core kernel: the mask differs between queries"),
+    ({"mask": "full"}, "the tensor-core kernel with a bias per batch row"),
+    ({"bias": (1, 2, 16, 24), "mask": "full"}, "the tensor-core kernel that shares the bias between batch rows"),
+    ({"bias": None, "is_causal": True, "window": 5}, "the tensor-core kernel without bias"),
+    ({"is_causal": True, "d": 12}, "the general tensor-core kernel: head_dim is not a multiple of 8"),
+    ({"key_lengths": [3, 0, 24, 9], "mask": "full"}, "the tensor-core kernel with a bias per batch row"),
+    ({"key_lengths": [3, 0, 24, 9], "dtype": FP32}, "float32 is computed with float32 multiply-adds, never TF32"),
     ({"scale": 0.0}, "the general tensor-core kernel: the scale is zero or out of the range"),
     ({"dtype": FP32}, "float32 is computed with float32 multiply-adds, never TF32"),
     ({"d": 136}, "head_dim 136 is outside 1..128"),
@@ -207,9 +212,16 @@ def test_old_architecture_is_refused(library):
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_planted_bug_is_caught(tmp_path, bug):
     library = harness.load(build.build(bug.plant(tmp_path), only=("bf16_16", "bias_workspace")))
-    mask = "key" if bug.masked else None
-    inputs = draw(seed=3, dtype=BF16, batch=(5,), heads=1, q=70, k=150, d=16, bias=(1, 70, 150), mask=mask, scale=0.3)
-    inputs = inputs.replace(bias=inputs.bias + torch.linspace(0, 60, 150).to(BF16))  # the largest logits come last
+    sizes = {"batch": (5,), "heads": 1, "q": 70, "k": 150, "d": 16, "bias": (1, 70, 150), "scale": 0.3}
+    one_pair = bug.changes.get("mask") == "one pair"
+    mask = None if one_pair or not bug.masked else "key"
+    inputs = draw(seed=3, dtype=BF16, **{**sizes, "mask": mask, **({} if one_pair else bug.changes)})
+    if one_pair:  # in the last tile of either kernel's
+        inputs = inputs.replace(mask=torch.zeros(70, 150, dtype=torch.bool))
+        inputs.mask[66:, 140] = inputs.mask[:60, :50] = True
+        inputs.mask[67:, 140] = False
+    if not bug.changes:  # whose hidden keys are to count
+        inputs = inputs.replace(bias=inputs.bias + torch.linspace(0, 60, 150).to(BF16))  # the largest logits come last
 
     def judge():
         judge = Judge()

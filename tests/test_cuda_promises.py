@@ -61,7 +61,7 @@ WAYS = [
     Way("odd number of keys, float32 bias", bias="shared", float_bias=True, keys=1),
     Way("odd number of keys without a strip", bias="shared", float_bias=True, keys=1, shared_bytes=1024),
     Way("large scale", changes=(("scale", 1.5),)),
-    Way("mask that differs between queries", changes=(("mask", "full"),)),
+    Way("mask that differs between queries", bias="shared", changes=(("mask", "full"),)),
     Way("plain", dtypes=(FP32, FP64)),
 ]
 
@@ -266,5 +266,66 @@ def test_same_bits_for_two_schedules(library, column):
         first = evaluate(gated_attention_with_lse, inputs)
         with as_cpu_kernels(Operator(library, seed=7, shared_bytes=way.shared_bytes)):
             assert_identical(first, evaluate(gated_attention_with_lse, inputs), f"{way.name} {dtype}")
+
+    column(calls)
+
+
+EDGES = [
+    {"is_causal": True},
+    {"is_causal": True, "q": 33, "k": 76},
+    {"is_causal": True, "q": 76, "k": 34},
+    {"is_causal": True, "window": 1, "masked_rows": "mean", "q": 76, "k": 34},
+    {"is_causal": True, "window": 33, "key_lengths": [76, 40, 33]},
+    {"key_lengths": [1, 75, 76], "mask": None},
+    {"key_lengths": [0, 76, 64], "masked_rows": "mean"},
+]
+
+
+@pytest.mark.parametrize("positions", EDGES, ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()))
+def test_positions_and_lengths(column, positions):
+    def calls(way, dtype):
+        judge = Judge()
+        judge.compare(f"{way.name} {dtype}", way.draw(dtype, **{"heads": 1, **positions}))
+        judge.verdict()
+
+    column(calls)
+
+
+def test_masks_that_differ_between_queries(column):
+    """Random ones, and blocks with one pair elsewhere: d_bias of hidden pairs is exactly 0."""
+
+    def calls(way, dtype):
+        judge = Judge()
+        judge.compare(f"{way.name} {dtype} random", way.draw(dtype, heads=1, mask="full", is_causal=True))
+        inputs = way.draw(dtype, kv_heads=1, masked_rows="mean")
+        k = inputs.key.size(-2)
+        mask = torch.zeros(2, Q, k, dtype=torch.bool)
+        mask[0, 8:40, 3:30] = mask[1, :64, 64:] = mask[0, 71, 70] = True
+        results = judge.compare(f"{way.name} {dtype} blocks", inputs.replace(mask=mask))
+        if inputs.bias is not None:
+            hidden = ~mask.expand(results["d_bias"].shape)
+            assert (results["d_bias"][hidden] == 0).all(), way.name
+        judge.verdict()
+
+    column(calls)
+
+
+def test_keys_that_no_query_sees_leave_no_trace(column):
+    """NaN beyond the lengths, before the window of the first query, and where a mask hides a key from all queries."""
+
+    def calls(way, dtype):
+        clean = way.draw(dtype, heads=1, q=33, is_causal=True, window=9, key_lengths=[70, 50, 76], mask=None)
+        k = clean.key.size(-2)
+        key = torch.arange(k)
+        hidden = (key >= clean.key_lengths[:, None]) | (key <= k - 33 - 9)
+        clean = clean.replace(mask=torch.rand(33, k) < 0.7)
+        clean.mask[:, 60] = False
+        hidden[:, 60] = True
+        hidden = hidden[:, None, :, None]
+        poisoned = clean.replace(
+            key=clean.key.masked_fill(hidden, math.nan), value=clean.value.masked_fill(hidden, math.nan)
+        )
+        a, b = (evaluate(gated_attention_with_lse, inputs) for inputs in (clean, poisoned))
+        assert_identical(a, b, f"{way.name} {dtype}")
 
     column(calls)

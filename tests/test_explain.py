@@ -30,7 +30,9 @@ ON_SM_90 = [
     ({"bias": None}, (), "tensor-core", "without bias"),
     ({"bias_dtype": torch.float32}, (), "tensor-core", "shares the bias"),
     ({"d": 12}, (), "general tensor-core", "head_dim is not a multiple of 8"),
-    ({"mask": "full"}, (), "general tensor-core", "the mask differs between queries"),
+    ({"mask": "full"}, (), "tensor-core", "shares the bias"),
+    ({"is_causal": True, "window": 3}, ("bias",), "tensor-core", "shares the bias"),
+    ({"key_lengths": (3, 24, 0, 7), "mask": "full"}, (), "tensor-core", "shares the bias"),
     ({"scale": 0.0}, (), "general tensor-core", "the scale is zero or out of the range"),
     ({"scale": 3.0}, (), "general tensor-core", "the scale is too large to carry the bias"),
     ({"k": 23, "bias": (1, 2, 16, 23)}, (), "tensor-core", "on a copy of the bias whose rows are aligned"),
@@ -84,7 +86,7 @@ def test_build_without_cuda_kernels():
 
 def test_details_of_a_gpu_kernel():
     assert explained({"d": 40, "dtype": torch.float16}).details == {"compiled_head_dim": "48", "bias": "16-bit fragments"}
-    assert explained({"mask": "full"}).details["bias"] == "one element at a time"
+    assert explained({"d": 12}).details["bias"] == "one element at a time"
     assert explained({"d": 136}).details == {}
 
 

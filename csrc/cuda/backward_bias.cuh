@@ -3,8 +3,8 @@
 // Backward, bias-stationary: dBias alone, where the strip of backward_query.cuh does not fit shared memory (many keys) or
 // the general kernel had to take the call.
 //
-// A block owns a tile of kRows queries by kBlock keys of one head: its bias and dBias stay in registers while the batch
-// rows of a chunk flow by.
+// A block owns a tile of kRows queries by kBlock keys of one head: its bias and dBias stay in registers while those batch
+// rows of a chunk flow by that attend to something of it.
 #pragma once
 
 #include "key_value_ring.cuh"
@@ -22,20 +22,24 @@ class RowBits {
 
   TGA_DEVICE explicit RowBits(uint32_t shared) : shared_(shared) {}
 
-  TGA_DEVICE void build(const KeyMask& mask, int rows, int first_key, int k_len) {
+  TGA_DEVICE void build(const BlockSight& sight, int rows, int first_key) {
     const int warp = dev::thread_index() / 32, lane = dev::thread_index() % 32;
     dev::sync_block();  // the last rows' bits and tiles are no longer read
     for (int i = warp; i < rows * kPanelWords; i += T::kWarps) {
-      const int row = i / kPanelWords, key = first_key + i % kPanelWords * 32 + lane;
-      const bool attended =
-          key < k_len && (mask.data == nullptr ||
-                          dev::load_global<uint8_t>(mask.data + row * mask.row_stride + key * mask.col_stride) != 0);
-      const uint32_t bits = dev::ballot(attended);
+      const uint32_t bits = sight.vote(i / kPanelWords, first_key + i % kPanelWords * 32).some;
       if (lane == 0) {
         dev::store_shared(shared_ + i * 4, bits);
       }
     }
     dev::sync_block();
+  }
+
+  // The first row from `row` on that attends to something, or `rows`.
+  TGA_DEVICE int next(int row, int rows) const {
+    while (row < rows && empty(row)) {
+      ++row;
+    }
+    return row;
   }
 
   TGA_DEVICE uint32_t bits_address(int row, uint32_t key) const { return shared_ + row * (kPanelWords * 4) + key / 8; }
@@ -44,13 +48,22 @@ class RowBits {
   }
 
  private:
+  TGA_DEVICE bool empty(int row) const {
+    uint32_t some = 0;
+    for (int word = 0; word < kPanelWords; ++word) {
+      some |= bits(row, 0, word * 32);
+    }
+    return some == 0;
+  }
+
   uint32_t shared_;
 };
 
 template <class T>
 struct BiasBlock {
   using Ring = KeyValueRing<T, RowBits<T>, 1, T::kThreads>;
-  static constexpr uint32_t kSharedBytes = RowBits<T>::kBytes + Ring::kBytes;
+  using Pairs = PairBits<16, T::kBlock / 32>;
+  static constexpr uint32_t kSharedBytes = RowBits<T>::kBytes + Ring::kBytes + T::kWarps * Pairs::kWarpBytes;
 };
 
 // The bias of the block's tile as C operands; unused by kGeneral and without bias.
@@ -107,26 +120,30 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
   }
 
   RowBits<T> mask_bits(dev::shared_base());
+  const typename BiasBlock<T>::Pairs pairs(dev::shared_base() + RowBits<T>::kBytes + BiasBlock<T>::Ring::kBytes);
   typename BiasBlock<T>::Ring ring(p, dev::thread_index(), dev::shared_base() + RowBits<T>::kBytes);
   for (int64_t panel = first_row; panel < end_row; panel += RowBits<T>::kPanelRows) {
     const int rows = end_row - panel < RowBits<T>::kPanelRows ? static_cast<int>(end_row - panel) : RowBits<T>::kPanelRows;
-    KeyMask mask = {nullptr, p.mask.batch_row, p.mask.col};
-    if (p.mask.data != nullptr && (!T::kGeneral || p.mask.row == 0)) {
-      mask.data = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(slab, panel, head);
-    }
-    mask_bits.build(mask, rows, first_key, p.k_len);
+    const BlockSight sight(p, slab, panel, head, first_query / T::kRows * T::kRows, T::kRows);
+    mask_bits.build(sight, rows, first_key);
     ring.restart();
     ring.point_at(p, half_rows<T>(p.key, slab, panel, kv_head), half_rows<T>(p.value, slab, panel, kv_head));
     ring.begin_tile(p, mask_bits, first_key, 0, 0);
+    int copied = 0;  // batch rows that the ring has passed
     const auto issue = [&](int row) {
+      for (; copied < row; ++copied) {
+        ring.next_batch_row(p);
+      }
       if (row < rows) {
         ring.copy(p, ring.next_write());
-        ring.next_batch_row(p);
       }
       dev::commit_copies();
     };
-    issue(0);
-    for (int row = 0; row < rows; ++row) {
+    int following = mask_bits.next(0, rows);
+    issue(following);
+    while (following < rows) {
+      const int row = following;
+      following = mask_bits.next(row + 1, rows);
       const int64_t batch_row = panel + row, entry = scratch_entry(p, slab_number, batch_row, head);
       uint32_t query[T::kSteps][4], grad[T::kSteps][4];
       load_rows<T::kSteps>(query, half_rows<T>(p.query, slab, batch_row, head), p.query.row, first_query, p.q_len,
@@ -140,10 +157,25 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
                                  load_row_terms(p.row_terms + entry * p.q_padded * 4, first_query + lane.row + 8)};
       const float negative_delta[4] = {terms[0].negative_delta, terms[0].negative_delta, terms[1].negative_delta,
                                        terms[1].negative_delta};
-      const GeneralLogits<T::kType> logits(p, slab, batch_row, head);
+      const GeneralBias<T::kType> general_bias(p, slab, batch_row, head);
+      // The same bits for all queries, or those of this lane's two.
+      uint32_t attended_at[2] = {mask_bits.bits_address(row, 0), mask_bits.bits_address(row, 0)};
+      if (p.is_causal || sight.mask_is_of_pairs()) {
+        const PairMask mask = {sight.mask_is_of_pairs() ? sight.mask + row * p.mask.batch_row : nullptr};
+        pairs.sync();
+        for (int word = 0; word < T::kBlock / 32; ++word) {
+          pairs.write_queries(p, mask, first_query, first_key + word * 32, word, mask_bits.bits(row, 0, word * 32));
+        }
+        pairs.sync();
+        attended_at[0] = pairs.address(lane.row);
+        attended_at[1] = pairs.address(lane.row + 8);
+      }
       dev::wait_copies<0>();
       dev::sync_block();
-      issue(row + 1);
+      issue(following);
+      if (dev::thread_index() == 0) {
+        dev::count_tile(slab_number * p.batch.rows + batch_row, head, first_query, T::kRows, first_key, T::kBlock, true);
+      }
       const uint32_t keys = ring.next_read(), values = keys + T::kTileBytes;
       uint32_t key_rows[(T::kSteps + 1) / 2][4], value_rows[(T::kSteps + 1) / 2][4];
       TGA_UNROLL
@@ -160,12 +192,16 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
           multiply<T::kType, T::kSteps>(score, query, key_rows, n, zero);
         }
         multiply<T::kType, T::kSteps>(d_prob, grad, value_rows, n, negative_delta);
-        const uint32_t bits = mask_bits.bits(row, 0, n * 8) >> (n % 4 * 8 + lane.pair * 2);
+        uint32_t attended[2];
+        TGA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          attended[i] = dev::load_shared<uint32_t>(attended_at[i] + n / 4 * 4) >> (n % 4 * 8 + lane.pair * 2);
+        }
         TGA_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const float s = visible_score<T>(score[i], bits >> (i % 2) & 1, logits, p, first_query + lane.row + i / 2 * 8,
-                                           first_key + n * 8 + lane.pair * 2 + i % 2);
-          d_bias[n][i] = fmaf(probability<T, true>(s, factor, terms[i / 2].shift), d_prob[i], d_bias[n][i]);
+          const float s = visible_score<T>(score[i], attended[i / 2] >> (i % 2) & 1, general_bias, p,
+                                           first_query + lane.row + i / 2 * 8, first_key + n * 8 + lane.pair * 2 + i % 2);
+          d_bias[n][i] += score_grad<true>(probability<T, true>(s, factor, terms[i / 2].shift), d_prob[i]);
         }
       }
     }

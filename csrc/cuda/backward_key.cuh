@@ -2,12 +2,14 @@
 //
 // Backward, key-stationary: dK and dV.
 //
-// A block owns kRows keys of one key/value head, each of its teams for a batch row of its own, and walks the query tiles of
-// all query heads of that group: keys, values, dK and dV stay in registers. Scores are computed transposed, so that keys
-// are the rows of every fragment: P^T and dS^T come out as the operands of the two sums, and a masked key only spoils its
-// own row of dK and dV, which is set to zero at the end. The teams meet the same bias, which reaches them once through L1.
+// A block owns kRows keys of one key/value head, each of its teams for a batch row of its own, and walks the query tiles
+// that see them of all query heads of that group: keys, values, dK and dV stay in registers. Scores are computed
+// transposed, so that keys are the rows of every fragment: P^T and dS^T come out as the operands of the two sums, and a
+// masked key only spoils its own row of dK and dV, which is set to zero at the end. The teams meet the same bias, which
+// reaches them once through L1.
 #pragma once
 
+#include "query_plan.cuh"
 #include "reordered_bias.cuh"
 #include "scores_backward.cuh"
 
@@ -25,13 +27,13 @@ class QueryRing {
   TGA_DEVICE QueryRing(const BackwardParams& p, int thread, uint32_t base)
       : copy_(thread), thread_(thread), base_(base), query_bytes_(chunk_bytes(copy_.chunk, p.head_dim)) {}
 
-  // Begins with the queries of a head; `exists` false brings zeros.
-  TGA_DEVICE void begin_head(const BackwardParams& p, const uint16_t* query, int64_t entry, bool exists) {
-    query_ = reinterpret_cast<const char*>(query + copy_.row * p.query.row + copy_.chunk * 8);
-    grad_ = reinterpret_cast<const char*>(p.core_grad + (entry * p.q_padded + copy_.row) * T::kHeadDim + copy_.chunk * 8);
-    terms_ = reinterpret_cast<const char*>(p.row_terms + entry * p.q_padded * 4 + thread_ * 4);
+  // Begins with the queries of a head from `first` on; `exists` false brings zeros.
+  TGA_DEVICE void begin(const BackwardParams& p, const uint16_t* query, int64_t entry, int first, bool exists) {
+    row_ = first + copy_.row;
+    query_ = reinterpret_cast<const char*>(query + row_ * p.query.row + copy_.chunk * 8);
+    grad_ = reinterpret_cast<const char*>(p.core_grad + (entry * p.q_padded + row_) * T::kHeadDim + copy_.chunk * 8);
+    terms_ = reinterpret_cast<const char*>(p.row_terms + (entry * p.q_padded + first + thread_) * 4);
     write_ = read_ = base_;
-    row_ = copy_.row;
     end_ = exists ? p.q_len : 0;
   }
 
@@ -90,7 +92,9 @@ class QueryRing {
 
 template <class T>
 struct KeyBlock {
-  static constexpr uint32_t kSharedBytes = T::kStages * T::kTeams * QueryRing<T>::kStageBytes;
+  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;
+  static constexpr uint32_t kRing = QueryPlan<T>::kBytes + T::kBlockThreads / 32 * Pairs::kWarpBytes;
+  static constexpr uint32_t kSharedBytes = kRing + T::kStages * T::kTeams * QueryRing<T>::kStageBytes;
 };
 
 // Adds to every dV row what fully masked queries give it under masked_rows = "mean": their dO / K.
@@ -127,39 +131,58 @@ TGA_DEVICE void add_mean_rows(float (&d_value)[T::kRowTiles][T::kCols][4], const
   }
 }
 
+// What a thread works on.
+struct KeyPlace {
+  SlabIndex slab;
+  int64_t slab_number, row;  // the team's batch row
+  int kv_head, first_key;    // of this warp
+};
+
+template <class T>
+TGA_DEVICE KeyPlace key_place(const BackwardParams& p) {
+  // Worked out anew wherever it is needed, hence opaque: kept, it would fill a dozen registers through the main loop.
+  int64_t index = p.first_block + dev::opaque(dev::block_index());
+  const int key_tiles = (p.k_len + T::kRows - 1) / T::kRows;
+  KeyPlace place;
+  place.first_key =
+      static_cast<int>(index % key_tiles) * T::kRows + dev::thread_index() % T::kThreads / 32 * 16 * T::kRowTiles;
+  index /= key_tiles;
+  const int64_t groups = (p.batch.rows + T::kTeams - 1) / T::kTeams;
+  place.row = index % groups * T::kTeams + dev::thread_index() / T::kThreads;
+  index /= groups;
+  place.kv_head = static_cast<int>(index % p.kv_heads);
+  place.slab_number = index / p.kv_heads;
+  place.slab = slab_index(p.batch, place.slab_number);
+  return place;
+}
+
 template <class T>
 TGA_KERNEL(T::kBlockThreads, 1)
 backward_key_kernel(TGA_PARAMS BackwardParams p) {
   const Lane lane = this_lane();
-  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
-  int64_t index = p.first_block + dev::block_index();
-  const int key_tiles = (p.k_len + T::kRows - 1) / T::kRows;
-  const int first_key = static_cast<int>(index % key_tiles) * T::kRows + warp * 16 * T::kRowTiles;
-  index /= key_tiles;
-  const int64_t groups = (p.batch.rows + T::kTeams - 1) / T::kTeams;
-  const int64_t row = index % groups * T::kTeams + team;
-  index /= groups;
-  const int kv_head = static_cast<int>(index % p.kv_heads), heads_per_kv = p.heads / p.kv_heads;
-  const int64_t slab_number = index / p.kv_heads;
-  const SlabIndex slab = slab_index(p.batch, slab_number);
+  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads;
+  const KeyPlace place = key_place<T>(p);
+  const int first_key = place.first_key, heads_per_kv = p.heads / p.kv_heads, kv_head = place.kv_head;
+  const SlabIndex& slab = place.slab;
+  const int64_t slab_number = place.slab_number, row = place.row;
   const bool exists = row < p.batch.rows;
   const float factor = score_factor<T>(p);
 
-  // Rows whose key no query attends: they hold anything, and get zeros. A mask that differs between queries is left to the
-  // scores; one that differs between the heads of a group only goes to kGeneral, which asks the scores as well.
+  QueryPlan<T> plan(dev::shared_base());
+  plan.begin(p, slab, row);
+
+  // Rows whose key no query attends to, as far as positions and a mask of keys say: they hold anything, and get zeros.
   bool attended[T::kRowTiles][2];
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
     TGA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int key = first_key + m * 16 + lane.row + 8 * i;
-      attended[m][i] = exists && key < p.k_len;
+      attended[m][i] = exists && !visibility<int64_t>(p, plan.length()).queries_of({key, key + 1}).empty();
       if (attended[m][i] && p.mask.data != nullptr && p.mask.row == 0) {
         bool any_head = false;
         for (int h = 0; h < (p.mask.head == 0 ? 1 : heads_per_kv); ++h) {
-          any_head |=
-              dev::load_global<uint8_t>(static_cast<const uint8_t*>(p.mask.data) +
-                                        p.mask.offset(slab, row, kv_head * heads_per_kv + h) + key * p.mask.col) != 0;
+          any_head |= dev::load_global<uint8_t>(mask_of(p, slab, row, kv_head * heads_per_kv + h) + key * p.mask.col) != 0;
         }
         attended[m][i] = any_head;
       }
@@ -194,25 +217,26 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
   }
 
-  QueryRing<T> ring(p, thread, dev::shared_base() + team * QueryRing<T>::kStageBytes);
-  const int query_tiles = (p.q_len + T::kBlock - 1) / T::kBlock;
-  for (int h = 0; h < heads_per_kv; ++h) {
-    const int head = kv_head * heads_per_kv + h;
-    dev::sync_block();  // the last head's tiles are no longer read
-    ring.begin_head(p, half_rows<T>(p.query, slab, row, head), scratch_entry(p, slab_number, exists ? row : 0, head),
-                    exists);
+  QueryRing<T> ring(p, thread, dev::shared_base() + KeyBlock<T>::kRing + team * QueryRing<T>::kStageBytes);
+  // The tiles [begin, end) of a panel and head.
+  const auto run = [&](int head, int panel, int begin, int end) {
+    dev::sync_block();  // the last run's tiles are no longer read
+    const KeyPlace here = key_place<T>(p);
+    const bool here_exists = here.row < p.batch.rows;
+    ring.begin(p, half_rows<T>(p.query, here.slab, here.row, head),
+               scratch_entry(p, here.slab_number, here_exists ? here.row : 0, head), begin * T::kBlock, here_exists);
     const auto issue = [&](int tile) {
-      if (tile < query_tiles) {
+      if (tile < end) {
         ring.copy_tile(p);
       }
       dev::commit_copies();
     };
     TGA_UNROLL
-    for (int tile = 0; tile < T::kStages - 1; ++tile) {
-      issue(tile);
+    for (int i = 0; i < T::kStages - 1; ++i) {
+      issue(begin + i);
     }
-    BiasAlongQueries<T> bias_rows(p, bias_entry(p, slab_number, head), first_key);
-    const GeneralLogits<T::kType> logits(p, slab, row, head);
+    BiasAlongQueries<T> bias_rows(p, bias_entry(p, here.slab_number, head), here.first_key, begin * T::kBlock);
+    const GeneralBias<T::kType> general_bias(p, here.slab, here.row, head);
     // Waits for a tile; whether it has a low row.
     const auto arrive = [&](int tile) {
       dev::wait_copies<T::kStages - 2>();
@@ -220,9 +244,26 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       issue(tile + T::kStages - 1);
       return low;
     };
-    const auto visit = [&](int tile, auto low) {
+    // `asking`: with a look at each pair, and right for low rows.
+    const auto visit = [&](int tile, auto asking) {
+      constexpr bool kMasked = T::kGeneral || asking.value;
       const uint32_t queries = ring.next_read(), grads = queries + T::kTileBytes;
       const uint32_t terms = grads + T::kTileBytes + lane.pair * 32;
+      if (kMasked && !plan.attends(p, panel, tile)) {
+        bias_rows.next_tile();
+        return;
+      }
+      if (thread == 0 && exists) {
+        dev::count_tile(slab_number * p.batch.rows + row, head, tile * T::kBlock, T::kBlock, first_key, T::kRows, kMasked);
+      }
+      const typename KeyBlock<T>::Pairs pairs(dev::shared_base() + QueryPlan<T>::kBytes);
+      if constexpr (kMasked) {
+        pairs.sync();
+        for (int word = 0; word < T::kBlock / 32; ++word) {
+          pairs.write_keys(p, plan.pair_mask(), first_key, tile * T::kBlock + word * 32, word, plan.length());
+        }
+        pairs.sync();
+      }
       TGA_UNROLL
       for (int j = 0; j < T::kBlock / 16; ++j) {
         float bias[T::kRowTiles][2][4];
@@ -255,15 +296,20 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
           for (int m = 0; m < T::kRowTiles; ++m) {
             multiply<T::kType, T::kSteps>(d_prob[m], value[m], grad, e, negative_delta);
             float x[4], d[4];
+            uint32_t attended_by[2] = {};
+            if constexpr (kMasked) {
+              attended_by[0] = pairs.from(m * 16 + lane.row, (2 * j + e) * 8) >> lane.pair * 2;
+              attended_by[1] = pairs.from(m * 16 + lane.row + 8, (2 * j + e) * 8) >> lane.pair * 2;
+            }
             TGA_UNROLL
             for (int i = 0; i < 4; ++i) {
-              if constexpr (T::kGeneral) {
-                const int k = first_key + m * 16 + lane.row + i / 2 * 8;
-                s[m][i] = visible_score<T>(s[m][i], exists && k < p.k_len, logits, p,
-                                           tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2, k);
+              if constexpr (kMasked) {
+                s[m][i] = visible_score<T>(s[m][i], attended_by[i / 2] >> (i % 2) & 1, general_bias, p,
+                                           tile * T::kBlock + (2 * j + e) * 8 + lane.pair * 2 + i % 2,
+                                           first_key + m * 16 + lane.row + i / 2 * 8);
               }
-              x[i] = probability<T, low.value>(s[m][i], factor, i % 2 == 0 ? shift.x : shift.y);
-              d[i] = x[i] * d_prob[m][i];
+              x[i] = probability<T, asking.value>(s[m][i], factor, i % 2 == 0 ? shift.x : shift.y);
+              d[i] = score_grad<kMasked>(x[i], d_prob[m][i]);
             }
             prob[m][2 * e] = dev::pack<T::kType>(x[0], x[1]);
             prob[m][2 * e + 1] = dev::pack<T::kType>(x[2], x[3]);
@@ -276,18 +322,40 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       }
       bias_rows.next_tile();
     };
-    int tile = 0;
+    int tile = begin;
     bool low = arrive(tile);
-    while (tile < query_tiles) {
-      for (; tile < query_tiles && !low; low = ++tile < query_tiles && arrive(tile)) {
-        visit(tile, std::false_type());
-      }
-      for (; !T::kGeneral && low; low = ++tile < query_tiles && arrive(tile)) {
+    while (tile < end) {
+      const int stop = T::kGeneral ? end : plan.full_until(p, panel, tile, end);
+      if (T::kGeneral || (tile < stop && !low)) {
+        do {
+          visit(tile, std::false_type());
+          low = ++tile < stop && arrive(tile);
+        } while (tile < stop && !low);
+        if (tile == stop && tile < end) {
+          low = arrive(tile);
+        }
+      } else {
         visit(tile, std::true_type());
+        low = ++tile < end && arrive(tile);
+      }
+    }
+  };
+  for (int h = 0; h < heads_per_kv; ++h) {
+    const auto tiles = [&] { return plan.tiles(p, key_place<T>(p).first_key / T::kRows * T::kRows); };
+    const int step = plan.panel_tiles(p, tiles().size());
+    for (int panel = tiles().begin, last = tiles().end; panel < last; panel += step) {
+      const KeyPlace here = key_place<T>(p);
+      const int head = here.kv_head * heads_per_kv + h, panel_end = panel + step < last ? panel + step : last;
+      plan.build(p, here.slab, here.row, head, here.first_key / T::kRows * T::kRows, panel);
+      for (int begin = plan.next(p, panel, panel, panel_end); begin < panel_end;) {
+        const int end = plan.run_end(p, panel, begin, panel_end);
+        run(head, panel, begin, end);
+        begin = plan.next(p, panel, end, panel_end);
       }
     }
   }
 
+  const KeyPlace here = key_place<T>(p);
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
     TGA_UNROLL
@@ -299,22 +367,22 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       }
     }
   }
-  if (!exists) {
+  if (here.row >= p.batch.rows) {
     return;
   }
   for (int h = 0; p.mean_rows && h < heads_per_kv; ++h) {
-    add_mean_rows<T>(d_value, p, scratch_entry(p, slab_number, row, kv_head * heads_per_kv + h));
+    add_mean_rows<T>(d_value, p, scratch_entry(p, here.slab_number, here.row, here.kv_head * heads_per_kv + h));
   }
   const auto store = [&](const Operand& to, const float (&d)[T::kRowTiles][T::kCols][4], int cols) {
     if (to.data == nullptr) {
       return;
     }
-    uint16_t* const rows = static_cast<uint16_t*>(to.data) + to.offset(slab, row, kv_head);
+    uint16_t* const rows = static_cast<uint16_t*>(to.data) + to.offset(here.slab, here.row, here.kv_head);
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       TGA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const int k = first_key + m * 16 + lane.row + 8 * i;
+        const int k = here.first_key + m * 16 + lane.row + 8 * i;
         TGA_UNROLL
         for (int n = 0; n < T::kCols; ++n) {
           if (k < p.k_len) {

@@ -51,9 +51,10 @@ bool strip_fits(int k_len, BiasAccess access, int shared_bytes) {
   if (access != BiasAccess::kHalf && access != BiasAccess::kFloat) {
     return false;
   }
-  return k_len <= kPanelKeys && with_query_tile<kType, kHeadDim>(access, true, [&](auto tile) {
-           return QueryBlock<decltype(tile)>::shared_bytes(k_len) <= shared_bytes;
-         });
+  return with_query_tile<kType, kHeadDim>(access, true, [&](auto tile) {
+    using Block = QueryBlock<decltype(tile)>;
+    return k_len <= Block::kLongestStrip && Block::shared_bytes(k_len) <= shared_bytes;
+  });
 }
 
 template <DType kType, int kHeadDim>

@@ -19,10 +19,15 @@ namespace torch_gated_attn::cuda {
 
 template <class T>
 struct QueryBlock {
-  using Plan = TilePlan<T::kTeams * T::kGroup, T::kBlock, T::kBlockThreads>;
+  // A strip of more keys than this fits no shared memory, so one panel holds them all.
+  static constexpr int kLongestStrip = 1024;
+  using Plan = TilePlan<T::kTeams * T::kGroup, T::kBlock, T::kBlockThreads, T::kStrip ? kLongestStrip : kLongestPanel>;
+  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;  // for each batch row of a team
   using Ring = KeyValueRing<T, Plan, T::kGroup, T::kThreads>;
   static constexpr uint32_t kStageBytes = T::kTeams * Ring::kStageBytes;
-  static constexpr uint32_t kFixedBytes = Plan::kBytes + T::kStages * kStageBytes;
+  static constexpr uint32_t kPairBytes = T::kBlockThreads / 32 * Pairs::kWarpBytes;
+  static constexpr uint32_t kRing = Plan::kBytes + T::kGroup * kPairBytes;
+  static constexpr uint32_t kFixedBytes = kRing + T::kStages * kStageBytes;
 
   static int64_t strip_bytes(int k_len) {
     return T::kStrip ? int64_t{T::kRows} * ((k_len + T::kBlock - 1) / T::kBlock * T::kBlock) * 4 : 0;
@@ -124,6 +129,12 @@ TGA_DEVICE QueryPlace query_place(const BackwardParams& p) {
   return place;
 }
 
+// What the block's queries attend to in the batch rows from `row` on.
+template <class T>
+TGA_DEVICE BlockSight query_sight(const BackwardParams& p, const QueryPlace& place, int64_t row) {
+  return BlockSight(p, place.slab, row, place.head, place.first_query / T::kRows * T::kRows, T::kRows);
+}
+
 // The bias of the block's head as C operands: in place where it is float32, from the reordered copy where it is 16-bit.
 template <class T>
 struct QueryBias {
@@ -147,7 +158,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
   const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
   const float factor = score_factor<T>(p);
 
-  const uint32_t ring_base = dev::shared_base() + Block::Plan::kBytes;
+  const uint32_t ring_base = dev::shared_base() + Block::kRing;
   typename Block::Plan plan(dev::shared_base());
   typename Block::Ring ring(p, thread, ring_base + team * Block::Ring::kStageBytes, Block::kStageBytes);
   const int strip_tiles = (p.k_len + T::kBlock - 1) / T::kBlock * T::kSubtiles;
@@ -181,15 +192,15 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
     low = dev::sync_block_any(low);
     ring.point_at(p, half_rows<T>(p.key, place.slab, team_row, kv_head),
                   half_rows<T>(p.value, place.slab, team_row, kv_head));
-    const GeneralLogits<T::kType> logits(p, place.slab, team_row, head);
-    KeyMask mask = {nullptr, p.mask.batch_row, p.mask.col};
-    if (p.mask.data != nullptr && (!T::kGeneral || p.mask.row == 0)) {
-      mask.data = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(place.slab, group_row, head);
-    }
+    const GeneralBias<T::kType> general_bias(p, place.slab, team_row, head);
+    const Range<int> keys_seen = query_sight<T>(p, place, group_row).keys(rows);
 
     // A strip only fits shared memory where all keys are one panel.
-    for (int panel = 0; panel < (T::kStrip ? 1 : p.k_len); panel += kPanelKeys) {
-      plan.build(mask, rows, panel, p.k_len);
+    for (int panel = T::kStrip ? 0 : keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end;
+         panel += Block::Plan::kPanel) {
+      const QueryPlace same = query_place<T>(p);
+      plan.build(query_sight<T>(p, same, same.first_row + static_cast<int64_t>(group) * kRowsAtOnce), rows, panel,
+                 keys_seen);
       ring.restart();
       // Steps over the full tiles, then over the mixed ones, every team one tile ahead of the last. So that no two teams
       // meet at a tile of the strip, there are as many steps as teams at least, some of them idle. Full tiles are taken
@@ -235,6 +246,39 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
         if (masked.value && key == kIdle) {
           return;
         }
+        // Batch rows that attend to nothing of the tile.
+        bool idle[T::kGroup], all_idle = true;
+        TGA_UNROLL
+        for (int r = 0; r < T::kGroup; ++r) {
+          idle[r] = masked.value && plan.empty(team * T::kGroup + r, key);
+          all_idle = all_idle && idle[r];
+        }
+        if (all_idle) {
+          return;
+        }
+        if (thread == 0) {
+          for (int r = 0; r < T::kGroup; ++r) {
+            if (team * T::kGroup + r < rows && !idle[r]) {
+              dev::count_tile(place.slab_number * p.batch.rows + team_row + r, head, first_query, T::kRows, panel + key,
+                              T::kBlock, masked.value);
+            }
+          }
+        }
+        const auto pairs = [&](int r) {
+          return typename Block::Pairs(dev::shared_base() + Block::Plan::kBytes + r * Block::kPairBytes);
+        };
+        if constexpr (masked.value) {
+          dev::sync_warp();
+          TGA_UNROLL
+          for (int r = 0; r < T::kGroup; ++r) {
+            for (int word = 0; word < T::kBlock / 32; ++word) {
+              const int row = team * T::kGroup + r;
+              pairs(r).write_queries(p, plan.pair_mask(p, row), first_query, panel + key + word * 32, word,
+                                     plan.bits(row, key, word * 32));
+            }
+          }
+          dev::sync_warp();
+        }
         const uint32_t strip_tile = strip + key / 8 * 512;
         if constexpr (T::kBias == BiasAccess::kHalf) {
           bias_source.begin_tile(panel + key);
@@ -267,6 +311,9 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
             TGA_UNROLL
             for (int r = 0; r < T::kGroup; ++r) {
               const uint32_t keys = stage + r * 2 * T::kTileBytes, values = keys + T::kTileBytes;
+              if (idle[r]) {
+                continue;
+              }
               float score[T::kRowTiles][4], d_prob[T::kRowTiles][4];
               if (first % kRowsPerLoad<T::kSteps> == 0) {
                 load_rows_as_columns<T::kSteps, T::kRowBytes>(key_rows[r], keys, first);
@@ -285,21 +332,24 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
               for (int m = 0; m < T::kRowTiles; ++m) {
                 multiply<T::kType, T::kSteps>(d_prob[m], state[r].grad[m], value_rows[r], e, state[r].negative_delta[m]);
               }
-              uint32_t bits = 0;
-              if constexpr (masked.value) {
-                bits = plan.bits(team * T::kGroup + r, key, first) >> (first % 32 + lane.pair * 2);
-              }
               TGA_UNROLL
               for (int m = 0; m < T::kRowTiles; ++m) {
                 float d[4];
+                uint32_t attended[2] = {};
+                if constexpr (masked.value) {
+                  attended[0] = pairs(r).from(m * 16 + lane.row, first) >> lane.pair * 2;
+                  attended[1] = pairs(r).from(m * 16 + lane.row + 8, first) >> lane.pair * 2;
+                }
                 TGA_UNROLL
                 for (int i = 0; i < 4; ++i) {
                   float s = score[m][i];
                   if constexpr (masked.value) {
-                    s = visible_score<T>(s, bits >> (i % 2) & 1, logits, p, first_query + m * 16 + lane.row + i / 2 * 8,
+                    s = visible_score<T>(s, attended[i / 2] >> (i % 2) & 1, general_bias, p,
+                                         first_query + m * 16 + lane.row + i / 2 * 8,
                                          panel + key + first + lane.pair * 2 + i % 2);
                   }
-                  d[i] = probability<T, masked.value>(s, factor, state[r].shift[m][i / 2]) * d_prob[m][i];
+                  d[i] = score_grad<masked.value>(probability<T, masked.value>(s, factor, state[r].shift[m][i / 2]),
+                                                  d_prob[m][i]);
                   if constexpr (T::kStrip) {
                     d_bias[m][i] += d[i];
                   }
@@ -316,6 +366,9 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
           }
           TGA_UNROLL
           for (int r = 0; r < T::kGroup; ++r) {
+            if (idle[r]) {
+              continue;
+            }
             accumulate_rows<T::kType, T::kCols, T::kRowBytes>(state[r].d_query, d_score[r], stage + r * 2 * T::kTileBytes,
                                                               j * 16);
           }

@@ -141,6 +141,10 @@ TGA_DEVICE float multiply_toward_zero(float x, float y) { return __fmul_rz(x, y)
 TGA_DEVICE float fma_toward_zero(float x, float y, float z) { return __fmaf_rz(x, y, z); }
 TGA_DEVICE double fma_toward_zero(double x, double y, double z) { return __fma_rz(x, y, z); }
 
+// A tile of pairs that a block computes: `masked` with a look at each pair. For the emulator, which counts them.
+TGA_DEVICE void count_tile(int64_t /*batch entry*/, int /*head*/, int /*first query*/, int /*queries*/, int /*first key*/,
+                           int /*keys*/, bool /*masked*/) {}
+
 // The same value, about which the compiler knows nothing: what is computed from it inside a loop is not moved out of the
 // loop, where it would only fill registers.
 TGA_DEVICE int opaque(int x) {

@@ -18,15 +18,17 @@ template <class T>
 struct ForwardBlock {
   using Plan = TilePlan<T::kGroup, T::kBlock, T::kThreads>;
   using Ring = KeyValueRing<T, Plan, 1, T::kThreads>;
+  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;
   using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kSteps, T::kThreads, T::kStationaryInShared>;
   static constexpr uint32_t kRingBytes = Ring::kBytes + Ring::Pointers::kBytes;
-  // The pointers of the bias come last.
-  static constexpr uint32_t kSharedBytes = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;
+  static constexpr uint32_t kPairs = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;  // come last
+  static constexpr uint32_t kSharedBytes = kPairs + T::kWarps * Pairs::kWarpBytes;
 };
 
 // What a block works on.
 struct ForwardPlace {
   SlabIndex slab;
+  int64_t slab_number;
   int64_t first_row;      // of the slab's batch rows
   int head, first_query;  // of this warp
 };
@@ -44,8 +46,15 @@ TGA_DEVICE ForwardPlace forward_place(const AttentionParams& p) {
   place.first_row = index % groups * T::kGroup;
   index /= groups;
   place.head = static_cast<int>(index % p.heads);
-  place.slab = slab_index(p.batch, index / p.heads);
+  place.slab_number = index / p.heads;
+  place.slab = slab_index(p.batch, place.slab_number);
   return place;
+}
+
+// What the block's queries attend to.
+template <class T>
+TGA_DEVICE BlockSight forward_sight(const AttentionParams& p, const ForwardPlace& place) {
+  return BlockSight(p, place.slab, place.first_row, place.head, place.first_query / T::kRows * T::kRows, T::kRows);
 }
 
 // Mean of all values of one batch row and head: what a fully masked row returns under masked_rows = "mean". Columns as in
@@ -204,14 +213,17 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
                             element(p.bias.data, p.bias.offset(place.slab, place.first_row, place.head), kFloatBias),
                             first_query, p.q_len, 1.0f / fabsf(p.scale),
                             dev::shared_base() + Block::Plan::kBytes + Block::kRingBytes + Block::Queries::kBytes);
-  const GeneralLogits<T::kType> logits(p, place.slab, place.first_row, place.head);
-  KeyMask mask = {nullptr, p.mask.batch_row, p.mask.col};
-  if (p.mask.data != nullptr && (!T::kGeneral || p.mask.row == 0)) {
-    mask.data = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(place.slab, place.first_row, place.head);
-  }
+  const GeneralBias<T::kType> general_bias(p, place.slab, place.first_row, place.head);
+  // Worked out anew for every panel: kept, what it is made of would fill registers through the main loop.
+  const auto with_sight = [&](auto use) {
+    const ForwardPlace here = forward_place<T>(p);
+    const int64_t left = p.batch.rows - here.first_row;
+    return use(forward_sight<T>(p, here), left < T::kGroup ? static_cast<int>(left) : T::kGroup);
+  };
+  const auto keys_seen = [&] { return with_sight([](const BlockSight& sight, int rows) { return sight.keys(rows); }); };
 
-  for (int panel = 0; panel < p.k_len; panel += kPanelKeys) {
-    plan.build(mask, rows, panel, p.k_len);
+  for (int panel = keys_seen().begin / T::kBlock * T::kBlock; panel < keys_seen().end; panel += Block::Plan::kPanel) {
+    with_sight([&](const BlockSight& sight, int rows) { plan.build(sight, rows, panel, sight.keys(rows)); });
     ring.restart();
     // Step `step` of the copies counts batch rows within tiles; it is kStages - 1 steps ahead of the products.
     const auto issue = [&](int i, int step) {
@@ -246,19 +258,36 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
         dev::sync_block();
         issue(i, r + T::kStages - 1);
         const uint32_t keys = ring.next_read();
+        if (masked.value && T::kGroup > 1 && plan.empty(r, key)) {
+          continue;
+        }
+        if (dev::thread_index() == 0) {
+          dev::count_tile(place.slab_number * p.batch.rows + place.first_row + r, place.head, first_query, T::kRows,
+                          panel + key, T::kBlock, masked.value);
+        }
+        const typename Block::Pairs pairs(dev::shared_base() + Block::kPairs);
+        if constexpr (masked.value) {
+          pairs.sync();
+          for (int word = 0; word < T::kBlock / 32; ++word) {
+            pairs.write_queries(p, plan.pair_mask(p, r), first_query, panel + key + word * 32, word,
+                                plan.bits(r, key, word * 32));
+          }
+          pairs.sync();
+        }
         float score[T::kRowTiles][T::kSubtiles][4];
         score_tile<T>(score, queries, r, bias, keys);
         if constexpr (masked.value) {
           TGA_UNROLL
           for (int n = 0; n < T::kSubtiles; ++n) {
-            const uint32_t bits = plan.bits(r, key, n * 8) >> (n % 4 * 8 + lane.pair * 2);
             TGA_UNROLL
-            for (int m = 0; m < T::kRowTiles; ++m) {
+            for (int i = 0; i < 2 * T::kRowTiles; ++i) {
+              const int row = lane.row + 8 * i;
+              const uint32_t attended = pairs.from(row, n * 8) >> lane.pair * 2;
               TGA_UNROLL
-              for (int e = 0; e < 4; ++e) {
-                score[m][n][e] = visible_score<T>(score[m][n][e], bits >> (e % 2) & 1, logits, p,
-                                                  first_query + m * 16 + lane.row + e / 2 * 8,
-                                                  panel + key + n * 8 + lane.pair * 2 + e % 2);
+              for (int e = 0; e < 2; ++e) {
+                float& s = score[i / 2][n][i % 2 * 2 + e];
+                s = visible_score<T>(s, attended >> e & 1, general_bias, p, first_query + row,
+                                     panel + key + n * 8 + lane.pair * 2 + e);
               }
             }
           }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "fragments.cuh"
+#include "sight.cuh"
 
 namespace torch_gated_attn::cuda {
 
@@ -13,52 +14,40 @@ TGA_DEVICE const void* element(const void* data, int64_t offset, bool is_float) 
   return data == nullptr ? nullptr : static_cast<const char*>(data) + offset * (is_float ? 4 : 2);
 }
 
-// One element at a time, any strides, either type: the general kernels' access to bias and mask.
+// One element at a time, any strides, either type: the general kernels' access to the bias.
 template <DType kType>
-struct GeneralLogits {
-  const void* bias;     // of this batch entry and head, null without
-  const uint8_t* mask;  // likewise
-  int64_t bias_row, bias_col, mask_row, mask_col;
-  bool bias_is_float;
+struct GeneralBias {
+  const void* data;  // of this batch entry and head, null without
+  int64_t row, col;
+  bool is_float;
 
-  TGA_DEVICE GeneralLogits(const AttentionParams& p, const SlabIndex& slab, int64_t batch_row, int head)
-      : bias(element(p.bias.data, p.bias.offset(slab, batch_row, head), p.bias_is_float)),
-        mask(nullptr),
-        bias_row(p.bias.row),
-        bias_col(p.bias.col),
-        mask_row(p.mask.row),
-        mask_col(p.mask.col),
-        bias_is_float(p.bias_is_float) {
-    if (p.mask.data != nullptr) {
-      mask = static_cast<const uint8_t*>(p.mask.data) + p.mask.offset(slab, batch_row, head);
-    }
-  }
+  TGA_DEVICE GeneralBias(const AttentionParams& p, const SlabIndex& slab, int64_t batch_row, int head)
+      : data(element(p.bias.data, p.bias.offset(slab, batch_row, head), p.bias_is_float)),
+        row(p.bias.row),
+        col(p.bias.col),
+        is_float(p.bias_is_float) {}
 
   // The logit of an existing pair in units of log2, from its scaled product in the same units.
   TGA_DEVICE float operator()(int64_t query, int64_t key, float product) const {
-    if (mask != nullptr && dev::load_global<uint8_t>(mask + query * mask_row + key * mask_col) == 0) {
-      return -INFINITY;
-    }
-    if (bias == nullptr) {
+    if (data == nullptr) {
       return product;
     }
-    const int64_t at = query * bias_row + key * bias_col;
-    const float b = bias_is_float
-                        ? dev::load_global<float>(static_cast<const float*>(bias) + at)
-                        : dev::unpack<kType>(dev::load_global<uint16_t>(static_cast<const uint16_t*>(bias) + at)).x;
+    const int64_t at = query * row + key * col;
+    const float b = is_float ? dev::load_global<float>(static_cast<const float*>(data) + at)
+                             : dev::unpack<kType>(dev::load_global<uint16_t>(static_cast<const uint16_t*>(data) + at)).x;
     return dev::fma_toward_zero(b, kLog2e, product);
   }
 };
 
-// The score of a pair that may be excluded; of a general kernel its logit. `attended`: what the kernel knows of keys.
+// The score of a pair that may be excluded; of a general kernel its logit.
 template <class T>
-TGA_DEVICE float visible_score(float score, bool attended, const GeneralLogits<T::kType>& general, const AttentionParams& p,
+TGA_DEVICE float visible_score(float score, bool attended, const GeneralBias<T::kType>& bias, const AttentionParams& p,
                                int query, int key) {
   if (!attended) {
     return -INFINITY;
   }
   if constexpr (T::kGeneral) {
-    return query < p.q_len ? general(query, key, dev::multiply(score, p.scale * kLog2e)) : -INFINITY;
+    return query < p.q_len ? bias(query, key, dev::multiply(score, p.scale * kLog2e)) : -INFINITY;
   }
   return score;
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "make_params.h"
 
+#include <algorithm>
+
 namespace torch_gated_attn::cuda {
 namespace {
 
@@ -59,6 +61,7 @@ AttentionParams make_params(const Problem& problem) {
   p.lse = make_operand(problem, problem.lse);
   p.row_max = make_operand(problem, problem.row_max);
   p.row_sum = make_operand(problem, problem.row_sum);
+  p.key_lengths = make_operand(problem, problem.key_lengths);
   for (int d = 0; d < kMaxBatchDims; ++d) {
     if (places.slab_dim[d] >= 0) {
       p.batch.slab_sizes[places.slab_dim[d]] = problem.batch[d];
@@ -74,6 +77,8 @@ AttentionParams make_params(const Problem& problem) {
   p.head_dim = static_cast<int>(problem.head_dim);
   p.value_dim = static_cast<int>(problem.value_dim);
   p.scale = static_cast<float>(problem.scale);
+  p.is_causal = problem.is_causal;
+  p.window = static_cast<int>(std::min(problem.window, problem.k_len));
   p.mean_rows = problem.mean_rows && problem.k_len > 0;
   p.bias_is_float = problem.bias_dtype == DType::kFloat32;
   return p;

@@ -10,8 +10,8 @@
 
 namespace torch_gated_attn::cuda {
 
-// How a kernel reaches the bias. The first three need 16-byte aligned operands, a key mask at most and a scale whose
-// inverse is harmless; kGeneral takes everything.
+// How a kernel reaches the bias. The first three need 16-byte aligned operands and a scale whose inverse is harmless;
+// kGeneral takes everything.
 enum class BiasAccess { kNone, kHalf, kFloat, kGeneral };
 
 // A batch entry is (slab, row): the rows of one slab are one batch dimension over which the bias is broadcast, so that they
@@ -57,12 +57,14 @@ struct Operand {
 
 // What forward and backward share.
 struct AttentionParams {
-  Operand query, key, value, gate, bias, mask, out, lse, row_max, row_sum;
+  Operand query, key, value, gate, bias, mask, out, lse, row_max, row_sum, key_lengths;
   Batch batch;
   int64_t first_block = 0;
   int heads = 0, kv_heads = 0, q_len = 0, k_len = 0, head_dim = 0, value_dim = 0;
+  int window = 0;  // at most k_len
   float scale = 1;
   bool mean_rows = false;
+  bool is_causal = false;
   bool bias_is_float = false;  // read by kGeneral only
   bool aligned = false;        // 16-byte copies are allowed; read by kGeneral only
 };

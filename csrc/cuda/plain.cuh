@@ -7,6 +7,7 @@
 
 #include "device.cuh"
 #include "params.h"
+#include "sight.cuh"
 
 namespace torch_gated_attn::cuda {
 
@@ -43,32 +44,75 @@ template <class T>
 struct PlainLogits {
   const T* bias;
   const uint8_t* mask;
+  Visibility<int> seen;
   int64_t bias_row, bias_col, mask_row, mask_col;
   T factor;
 
   TGA_DEVICE PlainLogits(const PlainParams<T>& p, const SlabIndex& slab, int64_t batch_row, int head)
       : bias(rows_of<T>(p.bias, slab, batch_row, head)),
-        mask(rows_of<uint8_t>(p.mask, slab, batch_row, head)),
+        mask(mask_of(p, slab, batch_row, head)),
+        seen(visibility(p, key_length(p, slab, batch_row))),
         bias_row(p.bias.row),
         bias_col(p.bias.col),
         mask_row(p.mask.row),
         mask_col(p.mask.col),
         factor(static_cast<T>(p.exact_scale * kPlainLog2e)) {}
 
-  TGA_DEVICE bool attended(int64_t query, int64_t key) const {
-    return mask == nullptr || dev::load_global<uint8_t>(mask + query * mask_row + key * mask_col) != 0;
+  TGA_DEVICE bool attended(int query, int key) const {
+    return seen.sees(query, key) &&
+           (mask == nullptr || dev::load_global<uint8_t>(mask + query * mask_row + key * mask_col) != 0);
   }
-  TGA_DEVICE T operator()(int64_t query, int64_t key, T product) const {
-    if (!attended(query, key)) {
-      return -INFINITY;
+  // Of the tiles of kPlainTile keys or queries those that a block of the others may attend to: [begin, end), begin a
+  // multiple of the tile.
+  static TGA_DEVICE Range<int> whole_tiles(int begin, int end) { return {begin / kPlainTile * kPlainTile, end}; }
+  TGA_DEVICE Range<int> keys_of(int first_query) const {
+    const Range<int> keys = seen.keys_of({first_query, least(first_query + kPlainThreads, seen.q_len)});
+    return whole_tiles(keys.begin, keys.end);
+  }
+  TGA_DEVICE Range<int> queries_of(int first_key) const {
+    Visibility<int64_t> wide;
+    wide.q_len = seen.q_len, wide.k_len = seen.k_len, wide.length = seen.length, wide.window = seen.window;
+    wide.causal = seen.causal;
+    const Range<int64_t> queries = wide.queries_of({first_key, first_key + kPlainThreads});
+    return whole_tiles(static_cast<int>(queries.begin), static_cast<int>(queries.end));
+  }
+  // A bit for each key of a tile that the query attends to, and for each query that attends to the key.
+  TGA_DEVICE uint32_t attended_keys(int query, int first) const {
+    uint32_t bits = 0;
+    for (int j = 0; j < kPlainTile && query < seen.q_len; ++j) {
+      bits |= static_cast<uint32_t>(attended(query, first + j)) << j;
     }
+    return bits;
+  }
+  TGA_DEVICE uint32_t attending_queries(int first, int key) const {
+    uint32_t bits = 0;
+    for (int j = 0; j < kPlainTile && first + j < seen.q_len && key < seen.k_len; ++j) {
+      bits |= static_cast<uint32_t>(attended(first + j, key)) << j;
+    }
+    return bits;
+  }
+  // The logit of an attended pair.
+  TGA_DEVICE T operator()(int64_t query, int64_t key, T product) const {
     if (bias == nullptr) {
       return product * factor;
     }
     const T b = dev::load_global<T>(bias + query * bias_row + key * bias_col);
     return dev::fma_toward_zero(b, static_cast<T>(kPlainLog2e), product * factor);
   }
+
+ private:
+  static TGA_DEVICE int least(int a, int b) { return a < b ? a : b; }
 };
+
+// Tells the emulator of a tile, whose numbers are those of a thread's block.
+template <class T>
+TGA_DEVICE void count_plain_tile(const PlainParams<T>& p, const PlainPlace& place, int head, int first, bool keys) {
+  if (dev::thread_index() == 0) {
+    const int64_t entry = place.entry / (keys ? p.heads : p.kv_heads);
+    dev::count_tile(entry, head, keys ? place.first : first, keys ? kPlainThreads : kPlainTile, keys ? first : place.first,
+                    keys ? kPlainTile : kPlainThreads, true);
+  }
+}
 
 // Rows [first, first + kPlainTile) of an operand into shared memory, zeros past the ends.
 template <class T, int kHeadDim>
@@ -133,12 +177,20 @@ plain_forward_kernel(TGA_PARAMS PlainParams<T> p) {
     acc[d] = 0;
   }
   const uint32_t shared = dev::shared_base();
-  for (int first = 0; first < p.k_len; first += kPlainTile) {
-    dev::sync_block();
+  const Range<int> seen = logits.keys_of(place.first);
+  for (int first = seen.begin; first < seen.end; first += kPlainTile) {
+    const uint32_t attended = logits.attended_keys(query, first);
+    if (!dev::sync_block_any(attended != 0)) {
+      continue;
+    }
+    count_plain_tile(p, place, place.head, first, true);
     stage_rows<T, kHeadDim>(shared, keys, p.key.row, first, p.k_len, p.head_dim);
     stage_rows<T, kHeadDim>(shared + kTileBytes, values, p.value.row, first, p.k_len, p.value_dim);
     dev::sync_block();
-    for (int j = 0; exists && j < kPlainTile && first + j < p.k_len; ++j) {
+    for (int j = 0; j < kPlainTile; ++j) {
+      if ((attended >> j & 1) == 0) {
+        continue;
+      }
       const T s = logits(query, first + j, dot(row, shared + j * kRowBytes));
       if (s == -INFINITY) {
         continue;

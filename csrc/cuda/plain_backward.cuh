@@ -80,15 +80,20 @@ plain_query_kernel(TGA_PARAMS PlainParams<T> p) {
     terms = PlainRow<T>::load(p, row_index);
   }
   const uint32_t shared = dev::shared_base();
-  for (int first = 0; first < p.k_len; first += kPlainTile) {
-    dev::sync_block();
+  const Range<int> seen = logits.keys_of(place.first);
+  for (int first = seen.begin; first < seen.end; first += kPlainTile) {
+    const uint32_t attended = logits.attended_keys(query, first);
+    if (!dev::sync_block_any(attended != 0)) {
+      continue;
+    }
+    count_plain_tile(p, place, place.head, first, true);
     stage_rows<T, kHeadDim>(shared, rows_of<T>(p.key, place.slab, place.batch_row, kv_head), p.key.row, first, p.k_len,
                             p.head_dim);
     stage_rows<T, kHeadDim>(shared + kTileBytes, rows_of<T>(p.value, place.slab, place.batch_row, kv_head), p.value.row,
                             first, p.k_len, p.value_dim);
     dev::sync_block();
-    for (int j = 0; exists && j < kPlainTile && first + j < p.k_len; ++j) {
-      if (!logits.attended(query, first + j)) {
+    for (int j = 0; j < kPlainTile; ++j) {
+      if ((attended >> j & 1) == 0) {
         continue;
       }
       const T prob = terms.probability(logits(query, first + j, dot(row, shared + j * kRowBytes)));
@@ -127,28 +132,40 @@ plain_key_kernel(TGA_PARAMS PlainParams<T> p) {
   for (int head = place.head * heads_per_kv; head < (place.head + 1) * heads_per_kv; ++head) {
     const PlainLogits<T> logits(p, place.slab, place.batch_row, head);
     const int64_t first_row = (place.entry / p.kv_heads * p.heads + head) * p.q_len;
-    for (int first = 0; first < p.q_len; first += kPlainTile) {
-      dev::sync_block();
+    const Range<int> seen = logits.queries_of(place.first);
+    for (int first = seen.begin; first < seen.end; first += kPlainTile) {
+      const uint32_t attending = logits.attending_queries(first, key);
+      if (!dev::sync_block_any(attending != 0)) {
+        continue;
+      }
+      count_plain_tile(p, place, head, first, false);
       stage_rows<T, kHeadDim>(shared, rows_of<T>(p.query, place.slab, place.batch_row, head), p.query.row, first, p.q_len,
                               p.head_dim);
       stage_rows<T, kHeadDim>(shared + kTileBytes, p.core_grad + first_row * p.value_dim, p.value_dim, first, p.q_len,
                               p.value_dim);
       dev::sync_block();
-      for (int j = 0; exists && j < kPlainTile && first + j < p.q_len; ++j) {
+      for (int j = 0; j < kPlainTile; ++j) {
+        if ((attending >> j & 1) == 0) {
+          continue;
+        }
         const PlainRow<T> terms = PlainRow<T>::load(p, first_row + first + j);
-        const uint32_t query_row = shared + j * kRowBytes, grad_row = query_row + kTileBytes;
         if (terms.shift == INFINITY) {
-          if (p.mean_rows) {
-            add_scaled(d_value, T(1) / p.k_len, grad_row);
-          }
           continue;
         }
-        if (!logits.attended(first + j, key)) {
-          continue;
-        }
+        const uint32_t query_row = shared + j * kRowBytes, grad_row = query_row + kTileBytes;
         const T prob = terms.probability(logits(first + j, key, dot(row, query_row)));
         add_scaled(d_value, prob, grad_row);
         add_scaled(d_row, prob * (dot(value, grad_row) - terms.delta), query_row);
+      }
+    }
+    // What queries that attend to nothing give to every value.
+    for (int query = 0; p.mean_rows && exists && query < p.q_len; ++query) {
+      if (PlainRow<T>::load(p, first_row + query).shift == INFINITY) {
+        const T* const grad = p.core_grad + (first_row + query) * p.value_dim;
+        TGA_UNROLL
+        for (int d = 0; d < kHeadDim; ++d) {
+          d_value[d] += d < p.value_dim ? dev::load_global<T>(grad + d) / p.k_len : T(0);
+        }
       }
     }
   }

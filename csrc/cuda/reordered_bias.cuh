@@ -24,12 +24,12 @@ TGA_DEVICE void scale_bias(float (&c)[4], const uint32_t (&words)[4], int e, flo
 template <class T>
 class BiasAlongQueries {
  public:
-  TGA_DEVICE BiasAlongQueries(const BackwardParams& p, int64_t entry, int first_key)
+  TGA_DEVICE BiasAlongQueries(const BackwardParams& p, int64_t entry, int first_key, int first_query)
       : inverse_scale_(1.0f / fabsf(p.scale)) {
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       data_[m] = static_cast<const char*>(p.bias_t) +
-                 (entry * (p.k_padded / 16) + first_key / 16 + m) * p.q_padded * (16 * kElementBytes) +
+                 ((entry * (p.k_padded / 16) + first_key / 16 + m) * p.q_padded + first_query) * (16 * kElementBytes) +
                  this_lane().index * 16;
     }
   }

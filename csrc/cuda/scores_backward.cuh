@@ -42,6 +42,12 @@ TGA_DEVICE float probability(float score, float factor, float shift) {
   }
 }
 
+// dS; kMasked: of a hidden pair it is 0, whatever its key holds.
+template <bool kMasked>
+TGA_DEVICE float score_grad(float prob, float d_prob) {
+  return kMasked && prob == 0.0f ? 0.0f : prob * d_prob;
+}
+
 // Index of the bias (or dBias) of a slab and head among those that differ.
 TGA_DEVICE int64_t bias_entry(const BackwardParams& p, int64_t slab, int head) {
   const int64_t outer = slab / p.batch.slabs_per_outer;

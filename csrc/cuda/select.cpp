@@ -62,9 +62,6 @@ std::string why_general(const Problem& p) {
   if (!strides_fit_32_bits(p)) {
     return "a row stride does not fit 32 bits";
   }
-  if (p.mask.data != nullptr && p.mask.row != 0 && p.q_len > 1) {
-    return "the mask differs between queries";
-  }
   if (p.bias.data == nullptr) {
     return "";
   }
@@ -120,10 +117,6 @@ Choice choose_forward(const Problem& problem, int arch) {
                     ", the range of the fused kernels: the composite formula runs, which stores all scores";
     return choice;
   }
-  if (problem.is_causal || problem.key_lengths.data != nullptr) {
-    choice.reason = "the CUDA kernels know no positions yet: the composite formula runs, which stores all scores";
-    return choice;
-  }
   if (!is_half(problem.dtype)) {
     choice.kernel = Kernel::kPlain;
     choice.head_dim = compiled_head_dim(dim);
@@ -168,15 +161,10 @@ Choice choose_backward(const Problem& problem, int arch) {
   }
   choice.grad_aligned = problem.grad_out.data != nullptr && problem.grad_out.col == 1 &&
                         starts_aligned(problem, problem.grad_out, problem.heads, problem.q_len, 2, 2);
-  const auto take_general = [&](const char* why) {
-    choice.access = BiasAccess::kGeneral;
-    choice.reason = std::string("the general tensor-core kernels: ") + why;
-  };
   // The reordered copy of a bias that all queries share would be larger than the bias.
   if (problem.bias.data != nullptr && choice.access != BiasAccess::kGeneral && problem.bias.row == 0 && problem.q_len > 1) {
-    take_general("the bias is the same for all queries");
-  } else if (problem.mask.data != nullptr && problem.mask.head != 0 && problem.heads != problem.kv_heads) {
-    take_general("the mask differs between query heads that share a key head");
+    choice.access = BiasAccess::kGeneral;
+    choice.reason = "the general tensor-core kernels: the bias is the same for all queries";
   }
   return choice;
 }

@@ -28,6 +28,12 @@ def on_meta(*tensors):
     return [None if t is None else t.to("meta") for t in tensors]
 
 
+def named(scale, masked_rows, is_causal=False, window=None, key_lengths=None):
+    """The options of an op by their names; an op's schema leaves out the last ones that have their defaults."""
+    options = {"scale": scale, "masked_rows": masked_rows, "is_causal": is_causal, "window": window}
+    return {**options, "key_lengths": key_lengths}
+
+
 def readable_bias(bias, query):
     return bias if bias is None or query.dtype != torch.float64 else bias.double()
 
@@ -38,9 +44,10 @@ class Operator:
     def __init__(self, library, arch=90, seed=1, shared_bytes=0):
         self.library, self.arch, self.seed, self.shared_bytes = library, arch, seed, shared_bytes
 
-    def forward(self, query, key, value, gate, bias, mask, scale, masked_rows):
+    def forward(self, query, key, value, gate, bias, mask, *options):
+        options = named(*options)
         shapes = torch.ops.torch_gated_attn._gated_attention_forward(
-            *on_meta(query, key, value, gate, bias, mask), scale, masked_rows
+            *on_meta(query, key, value, gate, bias, mask), **{**options, "key_lengths": on_meta(options["key_lengths"])[0]}
         )
         out, lse, row_max, row_sum = (empty_like_meta(m) for m in shapes)
         if lse.numel() == 0:
@@ -50,8 +57,7 @@ class Operator:
             *map(contiguous_rows, (query, key, value, gate)),
             readable_bias(bias, query),
             mask,
-            scale,
-            masked_rows,
+            **options,
         )
         dense = contiguous_rows(out)
         call.problem.out = call.view(dense, "out", writable=True)
@@ -63,7 +69,22 @@ class Operator:
         return out, lse, row_max, row_sum
 
     def backward(
-        self, grad_out, grad_lse, query, key, value, gate, bias, mask, out, row_max, row_sum, scale, masked_rows, grad_mask
+        self,
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        gate,
+        bias,
+        mask,
+        out,
+        row_max,
+        row_sum,
+        scale,
+        masked_rows,
+        grad_mask,
+        *positions,
     ):
         inputs = dict(zip(harness.NAMES, (query, key, value, gate, bias), strict=True))
         wanted = [n for n, w in zip(harness.NAMES, grad_mask, strict=True) if w and inputs[n] is not None]
@@ -78,11 +99,10 @@ class Operator:
                 *map(contiguous_rows, (query, key, value, gate)),
                 readable_bias(bias, query),
                 mask,
-                scale,
-                masked_rows,
                 wanted,
                 self.arch,
                 self.seed,
+                **named(scale, masked_rows, *positions),
             )
             if "bias" in gradients:
                 gradients["bias"] = gradients["bias"].to(bias.dtype)

@@ -15,12 +15,14 @@ class Bug:
     wrong: str
     masked: bool = True  # the inputs that show it have a mask
     low: bool = False  # they have rows of very low logits
+    changes: dict = dataclasses.field(default_factory=dict)  # other arguments of draw() that show it
 
     def plant(self, folder):
         """A copy of csrc with this bug in it; the path of its cuda folder."""
         root = folder / "csrc"
         shutil.copytree(build.CUDA, root / "cuda")
-        shutil.copy(build.CUDA.parent / "problem.h", root)
+        for header in ("problem.h", "visibility.h"):
+            shutil.copy(build.CUDA.parent / header, root)
         path = root / "cuda" / self.file
         text = path.read_text()
         assert self.right in text, f"{self.file} no longer contains what the bug {self.name!r} replaces"
@@ -37,9 +39,7 @@ BUGS = [
     ),
     Bug("wait off by one", "forward.cuh", "dev::wait_copies<T::kStages - 2>();", "dev::wait_copies<T::kStages - 1>();"),
     Bug("wrong swizzle", "fragments.cuh", "((chunk ^ ((row >> 2) & 1)) << 4)", "(chunk << 4)"),
-    Bug(
-        "dropped tail", "tile_plan.cuh", "const int tiles = (keys + kBlock - 1) / kBlock", "const int tiles = keys / kBlock"
-    ),
+    Bug("dropped tail", "tile_plan.cuh", "(keys.end - panel + kBlock - 1) / kBlock", "(keys.end - panel) / kBlock"),
     Bug("accumulator not rescaled", "softmax.cuh", "acc[m][n][2] *= second;", ""),
     Bug("sum not rescaled", "softmax.cuh", "sum[m][1] *= second;", ""),
     Bug("mask ignored", "logits.cuh", "if (!attended) {", "if (false) {"),
@@ -93,6 +93,52 @@ BUGS = [
         "T::kGeneral ||",
         masked=False,
         low=True,
+    ),
+    Bug(
+        "off by one at the diagonal",
+        "sight.cuh",
+        "visibility(p, p.k_len).keys_of(query)",
+        "visibility(p, p.k_len).keys_of(query + 1)",
+        masked=False,
+        changes={"is_causal": True},
+    ),
+    Bug(
+        "off by one at the diagonal, keys",
+        "sight.cuh",
+        "queries_of({key, key + 1})",
+        "queries_of({key > 0 ? key - 1 : 0, key + 1})",
+        masked=False,
+        changes={"is_causal": True},
+    ),
+    Bug(
+        "off by one at the window's end",
+        "../visibility.h",
+        "greatest(k_len - q_len + i + 1 - window, 0)",
+        "greatest(k_len - q_len + i + 2 - window, 0)",
+        masked=False,
+        changes={"is_causal": True, "window": 40},
+    ),
+    Bug(
+        "off by one at the length",
+        "sight.cuh",
+        "length < p.k_len ? static_cast<int>(length) : p.k_len",
+        "length < p.k_len ? static_cast<int>(length) + 1 : p.k_len",
+        masked=False,
+        changes={"key_lengths": [100, 0, 150, 149, 1]},
+    ),
+    Bug(
+        "a tile with one attended pair skipped",
+        "tile_plan.cuh",
+        "some == 0 ? Cover::kEmpty",
+        "dev::count_bits(some) <= 1 ? Cover::kEmpty",
+        changes={"mask": "one pair"},
+    ),
+    Bug(
+        "a tile with one attended pair skipped, keys",
+        "query_plan.cuh",
+        "some = some || votes.some != 0",
+        "some = some || dev::count_bits(votes.some) > 1",
+        changes={"mask": "one pair"},
     ),
     Bug(
         "bias scaled otherwise in the backward",

@@ -16,12 +16,22 @@ using namespace torch_gated_attn;
 
 std::string text;
 
+std::string name_of(void* kernel) {
+  Dl_info info = {};
+  dladdr(kernel, &info);
+  char* name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+  const std::string result = name == nullptr ? "?" : name;
+  std::free(name);
+  return result;
+}
+
 template <class Run>
 const char* guarded(Run run) {
   text.clear();
   emulator::report = {};
   emulator::first_finding.clear();
   emulator::launched.clear();
+  emulator::tiles.clear();
   try {
     run();
     text = emulator::first_finding;
@@ -49,12 +59,20 @@ void emulator_limit_shared_bytes(int bytes) { emulator::shared_bytes_limit = byt
 // The kernels of the last call, one to a line.
 const char* emulator_launched() {
   text.clear();
-  for (void* kernel : emulator::launched) {
-    Dl_info info = {};
-    dladdr(kernel, &info);
-    char* name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
-    text += std::string(name == nullptr ? "?" : name) + '\n';
-    std::free(name);
+  for (void* kernel : emulator::launched) text += name_of(kernel) + '\n';
+  return text.c_str();
+}
+
+// The tiles that they computed, one to a line: batch entry, head, first query, queries, first key, keys, whether with a
+// look at each pair, and the kernel.
+const char* emulator_tiles() {
+  text.clear();
+  for (const emulator::Tile& t : emulator::tiles) {
+    for (const int64_t n : {t.entry, int64_t{t.head}, int64_t{t.query}, int64_t{t.queries}, int64_t{t.key}, int64_t{t.keys},
+                            int64_t{t.masked}}) {
+      text += std::to_string(n) + ' ';
+    }
+    text += name_of(t.kernel) + '\n';
   }
   return text.c_str();
 }

@@ -12,7 +12,17 @@
 namespace emulator {
 
 inline unsigned schedule_seed = 1;
-inline std::set<void*> launched;  // addresses of the kernels of this call
+inline std::set<void*> launched;   // addresses of the kernels of this call
+inline void* launching = nullptr;  // the one that runs
+
+// A tile of pairs that a kernel computed.
+struct Tile {
+  void* kernel;
+  int64_t entry;
+  int head, query, queries, key, keys;
+  bool masked;
+};
+inline std::vector<Tile> tiles;  // of this call
 
 enum Operation { kLdmatrix = 1, kLdmatrixTransposed, kMma, kShuffle, kVote, kTranspose };
 
@@ -206,6 +216,10 @@ inline double fma_toward_zero(double x, double y, double z) {
   return std::isinf(sum) && std::isfinite(x) && std::isfinite(y) && std::isfinite(z) ? std::nextafter(sum, 0.0) : sum;
 }
 
+inline void count_tile(int64_t entry, int head, int query, int queries, int key, int keys, bool masked) {
+  emulator::tiles.push_back({emulator::launching, entry, head, query, queries, key, keys, masked});
+}
+
 inline int opaque(int x) { return x; }
 
 inline const char* global_pointer(uint64_t bits) { return reinterpret_cast<const char*>(bits); }
@@ -278,7 +292,8 @@ void store_shared(uint32_t address, T value) {
 
 template <class Params>
 void launch(void (*kernel)(Params), Params params, int64_t blocks, int threads, size_t shared_bytes, void*, const char*) {
-  emulator::launched.insert(reinterpret_cast<void*>(kernel));
+  emulator::launching = reinterpret_cast<void*>(kernel);
+  emulator::launched.insert(emulator::launching);
   std::mt19937 random(emulator::schedule_seed);
   params.first_block = 0;
   const std::function<void()> body = [&] { kernel(params); };

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs the emulated CUDA kernels on torch CPU tensors, through the torch-free Problem of csrc/problem.h."""
 
+import contextlib
 import ctypes
 import math
 
@@ -9,6 +10,7 @@ import torch
 from . import kernels
 
 LAUNCHED: set[kernels.Kernel] = set()  # by all calls so far; who wants to know clears it
+TILES: list[kernels.Tile] | None = None  # computed by all calls so far, where somebody wants to know
 MAX_BATCH_DIMS = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -26,9 +28,14 @@ class Problem(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("outer", "rows", "heads", "kv_heads", "q_len", "k_len", "head_dim", "value_dim")
         ]
-        + [("scale", ctypes.c_double), ("mean_rows", ctypes.c_bool)]
+        + [
+            ("scale", ctypes.c_double),
+            ("mean_rows", ctypes.c_bool),
+            ("is_causal", ctypes.c_bool),
+            ("window", ctypes.c_int64),
+        ]
         + [(name, View) for name in ("query", "key", "value", "gate", "bias", "mask", "out", "lse", "row_max", "row_sum")]
-        + [("mask_varies_by_row", ctypes.c_bool)]
+        + [("key_lengths", View)]
         + [(name, View) for name in ("grad_out", "grad_lse", "d_query", "d_key", "d_value", "d_gate", "d_bias")]
     )
 
@@ -48,7 +55,22 @@ class Finding(AssertionError):
 class Call:
     """One call's Problem; keeps the tensors alive and tells the emulator which memory may be touched."""
 
-    def __init__(self, library, query, key, value, gate=None, bias=None, mask=None, scale=None, masked_rows="zero"):
+    def __init__(
+        self,
+        library,
+        query,
+        key,
+        value,
+        gate=None,
+        bias=None,
+        mask=None,
+        *,
+        scale=None,
+        masked_rows="zero",
+        is_causal=False,
+        window=None,
+        key_lengths=None,
+    ):
         self.library = library
         self.problem = p = Problem()
         self.kept = []
@@ -60,6 +82,7 @@ class Call:
         p.heads, p.kv_heads, p.q_len, p.k_len, p.head_dim, p.value_dim = heads, kv_heads, q_len, k_len, head_dim, value_dim
         p.scale = head_dim**-0.5 if scale is None else scale
         p.mean_rows = masked_rows == "mean"
+        p.is_causal, p.window = is_causal, window or 0
         # Batch dimensions over which the bias is broadcast go innermost; they are the rows that share it.
         shared = [True] * len(self.batch)
         if bias is not None:
@@ -77,6 +100,7 @@ class Call:
             "out": (*self.batch, heads, q_len, value_dim),
             "scores": (*self.batch, heads, q_len, k_len),
             "rows": (*self.batch, heads, q_len),
+            "entries": self.batch,
         }
         p.query = self.view(query, "query")
         p.key = self.view(key, "key")
@@ -84,6 +108,7 @@ class Call:
         p.gate = self.view(gate, "out")
         p.bias = self.view(bias, "scores")
         p.mask = self.view(mask, "scores")
+        p.key_lengths = self.view(None if key_lengths is None else key_lengths.long(), "entries")
 
     @staticmethod
     def expanded(tensor, shape):
@@ -95,11 +120,12 @@ class Call:
             return result
         full = tensor.expand(self.shapes[shape])
         strides = [0 if n == 1 else s for n, s in zip(full.shape, full.stride(), strict=True)]
-        inner = strides[len(self.batch) :] + ([0] if shape == "rows" else [])
+        inner = strides[len(self.batch) :]
+        inner += [0] * (3 - len(inner))
         result.data = full.data_ptr()
         result.batch[MAX_BATCH_DIMS - len(self.batch) :] = [strides[d] for d in self.order]
         result.head, result.row, result.col = inner
-        if inner[-1] == 0 and full.shape[-1] == 1:
+        if inner[-1] == 0 and full.dim() and full.shape[-1] == 1:
             result.col = 1
         span = sum((n - 1) * s for n, s in zip(full.shape, full.stride(), strict=True)) + 1
         self.kept.append((tensor, span * tensor.element_size(), writable))
@@ -110,16 +136,29 @@ class Call:
             self.library.emulator_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size), int(writable))
         message = function(ctypes.byref(self.problem), *arguments).decode()
         LAUNCHED.update(kernels.parse(self.library.emulator_launched().decode()))
+        if TILES is not None:
+            TILES.extend(kernels.parse_tiles(self.library.emulator_tiles().decode()))
         report = self.library.emulator_report().contents
         if message or report.findings():
             raise Finding(f"{message} {report.findings()}")
         return report
 
 
+@contextlib.contextmanager
+def recorded_tiles():
+    """A list that grows by the tiles that kernels compute within."""
+    global TILES
+    TILES = []
+    try:
+        yield TILES
+    finally:
+        TILES = None
+
+
 def load(path):
     library = ctypes.CDLL(str(path))
     library.emulator_report.restype = ctypes.POINTER(Report)
-    for name in ("emulator_forward", "emulator_backward", "emulator_explain", "emulator_launched"):
+    for name in ("emulator_forward", "emulator_backward", "emulator_explain", "emulator_launched", "emulator_tiles"):
         if hasattr(library, name):
             getattr(library, name).restype = ctypes.c_char_p
     assert library.emulator_problem_bytes() == ctypes.sizeof(Problem), "harness.py and csrc/problem.h disagree"
@@ -131,9 +170,10 @@ def poisoned(shape, dtype):
     return torch.full(shape, math.nan, dtype=dtype)
 
 
-def forward(library, query, key, value, gate=None, bias=None, mask=None, scale=None, masked_rows="zero", arch=90, seed=1):
-    """out, lse, row_max, row_sum of the emulated kernels."""
-    call = Call(library, query, key, value, gate, bias, mask, scale, masked_rows)
+def forward(library, *inputs, arch=90, seed=1, **options):
+    """out, lse, row_max, row_sum of the emulated kernels; inputs and options are those of Call."""
+    call = Call(library, *inputs, **options)
+    query = inputs[0]
     out = poisoned(call.shapes["out"], query.dtype)
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse, row_max, row_sum = (poisoned(call.shapes["rows"], accumulate) for _ in range(3))
@@ -159,15 +199,14 @@ def backward(
     gate=None,
     bias=None,
     mask=None,
-    scale=None,
-    masked_rows="zero",
     wanted=NAMES,
     arch=90,
     seed=1,
+    **options,
 ):
     """Gradients by name, of those `wanted`; `saved` is what forward() returned."""
     out, _, row_max, row_sum = saved
-    call = Call(library, query, key, value, gate, bias, mask, scale, masked_rows)
+    call = Call(library, query, key, value, gate, bias, mask, **options)
     p = call.problem
     p.out, p.row_max, p.row_sum = call.view(out, "out"), call.view(row_max, "rows"), call.view(row_sum, "rows")
     p.grad_out, p.grad_lse = call.view(grad_out, "out"), call.view(grad_lse, "rows")

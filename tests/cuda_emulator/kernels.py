@@ -17,6 +17,30 @@ class Kernel(NamedTuple):
     variant: str  # "forward, half bias, shared"
 
 
+class Tile(NamedTuple):
+    """Pairs that a kernel computed at once, of one batch entry and query head."""
+
+    entry: int
+    head: int
+    query: int
+    queries: int
+    key: int
+    keys: int
+    masked: bool  # with a look at each pair
+    kernel: Kernel
+
+
+def parse_tiles(lines: str) -> list[Tile]:
+    tiles = []
+    for line in lines.splitlines():
+        *numbers, symbol = line.split(" ", 7)
+        entry, head, query, queries, key, keys, masked = map(int, numbers)
+        kernel = parse_one(symbol)
+        assert kernel is not None, symbol
+        tiles.append(Tile(entry, head, query, queries, key, keys, bool(masked), kernel))
+    return tiles
+
+
 def parse_one(symbol: str) -> Kernel | None:
     found = re.search(r"::(\w+)_kernel<(.*)>\(", symbol)
     if not found:

@@ -21,7 +21,9 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 LAUNCHER = (
     "describe",
+    "operands",
     "composite",
+    "cpu/ordered_sum",
     "cuda/launcher",
     "cuda/make_params",
     "cuda/select",
