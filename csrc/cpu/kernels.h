@@ -35,13 +35,16 @@ struct CpuKernels {
                         char* scratch);
   int64_t (*backward_scratch)(const Problem&, int max_lanes, int64_t rows);
   void (*backward)(const Problem&, const BackwardUnitOfWork&, int max_lanes, int64_t rows, char* scratch);
-  // Of units that share the queries: sums `parts` of d_key and d_value, `k_stride` and `v_stride` bytes apart, into the results.
+  // Of units that share the queries: sums `parts` of d_key and d_value, `k_stride` and `v_stride` bytes apart, into the
+  // results.
   void (*backward_merge)(const Problem&, const BackwardUnitOfWork&, int64_t parts, int64_t k_stride, int64_t v_stride);
   // gate_output.h; data and byte strides of: result, out, gate - d_out, d_gate, grad, out, gate
   void (*gate_output)(DType, char* const* data, const int64_t* strides, int64_t n);
   void (*gate_output_backward)(DType, char* const* data, const int64_t* strides, int64_t n);
 };
 
-extern const CpuKernels kKernelsDefault, kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Bf16;
+extern const CpuKernels kKernelsDefault;
+extern const CpuKernels kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Bf16;  // x86-64
+extern const CpuKernels kKernelsNeon;                                      // aarch64
 
 }  // namespace torch_gated_attn
