@@ -3,7 +3,8 @@
 
 Environment: CXX is the compiler, GCC or clang; TORCH_GATED_ATTN_CUDA=0/1 forces the CUDA kernels off or on,
 TORCH_CUDA_ARCH_LIST picks their architectures (default: those of the devices of this machine, or 8.0 and all newer),
-CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time, TORCH_GATED_ATTN_BUILD=release/profile/debug the variant.
+CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time, TORCH_GATED_ATTN_BUILD=release/profile/debug the variant,
+TORCH_GATED_ATTN_LOCAL_VERSION=1 adds PyTorch and CUDA to the version, for a wheel that others install.
 """
 
 from __future__ import annotations
@@ -104,7 +105,13 @@ def choose_cuda(torch_cuda: str | None, toolkit: tuple[str, str] | None) -> tupl
     return False, missing
 
 
-def extension() -> tuple[Extension, type[build_ext]]:
+def local_version(torch_version: str, cuda: str | None) -> str:
+    """+torch2.14.cu130: what a wheel runs beside; its CUDA is that of its kernels, `cpu` where it has none."""
+    minor = ".".join(torch_version.split(".")[:2])
+    return f"+torch{minor}.{'cu' + cuda.replace('.', '') if cuda else 'cpu'}"
+
+
+def extension() -> tuple[Extension, type[build_ext], str]:
     import torch
 
     toolkit = cuda_toolkit()
@@ -141,22 +148,23 @@ def extension() -> tuple[Extension, type[build_ext]]:
             super().finalize_options()
             self.build_temp = kept  # an editable install would compile everything anew in a temporary folder
 
-    return built, Build
+    return built, Build, local_version(torch.__version__, torch.version.cuda if with_cuda else None)
 
 
-def without_torch(error: ImportError) -> tuple[Extension, type[build_ext]]:
+def without_torch(error: ImportError) -> tuple[Extension, type[build_ext], str]:
     """Lets commands that compile nothing (sdist, metadata) pass; a build ends in one sentence."""
 
     class Refuse(build_ext):
         def run(self) -> None:
             raise SystemExit(NO_TORCH.format(error=error))
 
-    return Extension("torch_gated_attn._C", sources("core", "python")), Refuse
+    return Extension("torch_gated_attn._C", sources("core", "python")), Refuse, ""
 
 
 os.chdir(ROOT)
 try:
-    module, command = extension()
+    module, command, local = extension()
 except ImportError as import_error:
-    module, command = without_torch(import_error)
-setup(ext_modules=[module], cmdclass={"build_ext": command})
+    module, command, local = without_torch(import_error)
+tagged = local if os.environ.get("TORCH_GATED_ATTN_LOCAL_VERSION") == "1" else ""
+setup(ext_modules=[module], cmdclass={"build_ext": command}, options={"egg_info": {"tag_build": tagged}})

@@ -86,6 +86,11 @@ def test_cmake_and_setup_take_the_same_flags(
     assert system == "linux" or not any("-z," in flag or flag == "-Wl,-s" for flag in listed[1])
 
 
+def test_local_version_of_a_wheel(build: dict[str, Any]) -> None:
+    assert build["local_version"]("2.14.1+cu130", "13.0") == "+torch2.14.cu130"
+    assert build["local_version"]("2.7.1+cu126", None) == "+torch2.7.cpu"
+
+
 def test_unknown_variant(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_GATED_ATTN_BUILD", "fast")
     with pytest.raises(SystemExit, match="TORCH_GATED_ATTN_BUILD must be release, profile or debug, but is 'fast'"):
