@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Prints the packages of extras of pyproject.toml, quoted for a shell: installing `.[extra]` would build the library first."""
+"""Prints the packages of extras of pyproject.toml, quoted for a shell: pip would build the library before `.[extra]`."""
 
 from __future__ import annotations
 
