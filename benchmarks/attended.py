@@ -47,6 +47,11 @@ def seconds(calls: dict[str, Callable[[], None]], repeat: int) -> dict[str, floa
     return {name: timing.best for name, timing in interleaved(calls, repeat, path_limit=60.0).items()}
 
 
+def middle_seconds(calls: dict[str, Callable[[], None]], repeat: int) -> dict[str, float]:
+    """For calls as fast as memory: a shared machine's bandwidth changes, and the best turns of two calls seldom meet."""
+    return {name: timing.middle for name, timing in interleaved(calls, repeat, path_limit=60.0).items()}
+
+
 def causal(repeat: int) -> list[dict[str, Any]]:
     rows = []
     for b, h, hkv, length, d in CAUSAL:
@@ -105,7 +110,7 @@ def window(repeat: int) -> list[dict[str, Any]]:
         for length, x in inputs.items():
             grad = None if direction == "forward" else torch.randn_like(x[0])
             calls[str(length)] = step(lambda x=x: gated_attention(*x, is_causal=True, window=512), x, grad)  # type: ignore[misc]
-        t = seconds(calls, repeat)
+        t = middle_seconds(calls, repeat)
         rows.append({"direction": direction, **t})
         print(f"window 512, {direction}: L = 8192 takes {t['8192'] / t['4096']:.2f} of L = 4096", flush=True)
     return rows
@@ -127,8 +132,7 @@ def decoding(repeat: int) -> list[dict[str, Any]]:
             return k.sum() + v.sum()
 
         calls = {"operator": step(ours, [], None), "sdpa": step(sdpa, [], None), "sum": step(read, [], None)}
-        # The middle: a shared machine's bandwidth changes from turn to turn, and the best turns of two calls seldom meet.
-        t = {name: timing.middle for name, timing in interleaved(calls, max(repeat, 25), path_limit=60.0).items()}
+        t = middle_seconds(calls, max(repeat, 25))
         rows.append({"shape": f"{b}, {h}, {hkv}, {keys}, {d}", **t})
         rate = {name: 2 * key.numel() * 4 / s / 1e9 for name, s in t.items()}
         print(
