@@ -101,7 +101,9 @@ def broken_budgets(rows: list[Row]) -> list[str]:
     for row in rows:
         where = f"{row.arch} {row.dtype} {row.label}"
         spills = row.kernel.stack or row.kernel.count(*LOCAL)
-        if spills and row.head_dim <= BUDGETS["spill_free_up_to_head_dim"]:
+        # Positions cost the backward a few registers that it does not have; how many bytes is in docs/decisions.
+        few = row.label.startswith("backward") and row.kernel.stack <= BUDGETS["backward_stack_bytes"]
+        if spills and not few and row.head_dim <= BUDGETS["spill_free_up_to_head_dim"]:
             broken.append(f"{where}: {row.kernel.stack} bytes of stack, {row.kernel.count(*LOCAL)} local accesses")
         if atomics := row.kernel.count(*ATOMICS):
             broken.append(f"{where}: {atomics} atomic instructions")

@@ -169,9 +169,10 @@ def test_rows_pushed_down_as_a_whole(device, dtype, low):
     assert (results["d_value"].double().sum(-2) - expected).abs().max() <= 4 * eps * terms
     for name, result in results.items():
         assert result.isfinite().all(), name
-    # Logits are held back at the lowest number times the scale, or, where they are kept in units of log2, times ln 2.
+    # As the dtype rounds it. Logits are held back at the lowest number times the scale, or, where they are kept in units of
+    # log2, times ln 2.
     held_back = torch.finfo(torch.promote_types(dtype, torch.float32)).min * min(inputs.query.size(-1) ** -0.5, math.log(2))
-    assert (results["lse"][..., 3:9] <= max(low, held_back) * 0.999).all()
+    assert (results["lse"][..., 3:9] <= max(low, held_back) * 0.99).all()
 
 
 @pytest.mark.parametrize("masked_rows", POLICIES)

@@ -76,9 +76,9 @@ def test_heads_and_batch_dimensions(device, dtype):
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float64])
 def test_float32_bias_with_other_inputs(device, dtype):
-    # Its logits being float32, REF rounds less often here. A GPU still rounds P, dS and dO * sigmoid(gate), the operands of
-    # its products.
-    judge = Judge(median_ratio=0.75)
+    # Its logits being float32, REF rounds less often here. A GPU and processors with 16-bit products still round P, dS and
+    # dO * sigmoid(gate), the operands of their products: 1.06 of REF's error was seen on a Zen 4 (avx512_bf16).
+    judge = Judge(median_ratio=0.75, rms_ratio=1.1)
     for bias in ("full", (2, 1, 24, 40), (24, 40), (1, 1, 1, 40), (24, 1)):
         for seed in range(4):
             inputs = draw(seed=seed, dtype=dtype, device=device, q=24, k=40, d=16, bias=bias, bias_dtype=torch.float32)

@@ -66,8 +66,9 @@ class Judge:
         self,
         operator: Callable[..., tuple[Tensor, Tensor]] = torch_gated_attn.gated_attention_with_lse,
         median_ratio: float = MEDIAN_RATIO,
+        rms_ratio: float = 1.0,
     ) -> None:
-        self.operator, self.median_ratio = operator, median_ratio
+        self.operator, self.median_ratio, self.rms_ratio = operator, median_ratio, rms_ratio
         self.few_elements: float = FEW_ELEMENTS
         self.failures: list[str] = []
         self.ratios: list[float] = []
@@ -112,7 +113,7 @@ class Judge:
             )
         few = true.numel() < self.few_elements or keys_of_a_row(inputs) < FEW_KEYS
         luck = few or rms(true[~infinite]) <= unit
-        rms_bound = rms(ref_error) + (unit if luck else 0.0) if half else 2 * rms(ref_error) + unit
+        rms_bound = self.rms_ratio * rms(ref_error) + (unit if luck else 0.0) if half else 2 * rms(ref_error) + unit
         if not rms(out_error) <= rms_bound:
             self.failures.append(f"{label}: rms error {rms(out_error):.3g} > {rms_bound:.3g}")
         if half and not luck and rms(ref_error) > 0:

@@ -8,9 +8,11 @@
 #define TGA_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 #define TGA_PARAMS const __grid_constant__
 #define TGA_UNROLL _Pragma("unroll")
+#define TGA_ROLLED _Pragma("unroll 1")
 #else
 #define TGA_DEVICE inline
 #define TGA_KERNEL(threads, blocks_per_sm) inline void
 #define TGA_PARAMS const
 #define TGA_UNROLL
+#define TGA_ROLLED
 #endif

@@ -196,7 +196,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
     const Range<int> keys_seen = query_sight<T>(p, place, group_row).keys(rows);
 
     // A strip only fits shared memory where all keys are one panel.
-    for (int panel = T::kStrip ? 0 : keys_seen.begin / T::kBlock * T::kBlock; panel < keys_seen.end;
+    for (int panel = T::kStrip ? 0 : keys_seen.begin / T::kBlock * T::kBlock; panel < (T::kStrip ? 1 : keys_seen.end);
          panel += Block::Plan::kPanel) {
       const QueryPlace same = query_place<T>(p);
       plan.build(query_sight<T>(p, same, same.first_row + static_cast<int64_t>(group) * kRowsAtOnce), rows, panel,
@@ -271,6 +271,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
           dev::sync_warp();
           TGA_UNROLL
           for (int r = 0; r < T::kGroup; ++r) {
+            TGA_ROLLED
             for (int word = 0; word < T::kBlock / 32; ++word) {
               const int row = team * T::kGroup + r;
               pairs(r).write_queries(p, plan.pair_mask(p, row), first_query, panel + key + word * 32, word,

@@ -65,6 +65,8 @@ class PairBits {
     if (p.is_causal) {
       bits &= bits_of(visibility(p, p.k_len).keys_of(query), first_key);
     }
+    // Rolled here and below: 32 loads in flight need 64 registers, which the accumulators hold.
+    TGA_ROLLED
     for (int row = 0; mask.data != nullptr && row < kRows; ++row) {
       const uint32_t votes = dev::ballot((keys >> lane & 1) != 0 && first_query + row < p.q_len &&
                                          mask.attended(p, first_query + row, first_key + lane));
@@ -78,6 +80,7 @@ class PairBits {
                              int length) const {
     const int lane = dev::thread_index() % 32, key = first_key + lane;
     uint32_t bits = bits_of(visibility(p, length).queries_of({key, key + 1}), first_query);
+    TGA_ROLLED
     for (int i = 0; mask.data != nullptr && i < 32; ++i) {
       if ((bits >> i & 1) != 0 && !mask.attended(p, first_query + i, key)) {
         bits &= ~(1u << i);

@@ -64,7 +64,7 @@ Call::Call(Bytes& bytes, int64_t largest) {
     fill(grad_lse, numbers);
   }
   draw_gradients(bytes);
-  draw_visibility(bytes, batch);
+  draw_visibility(bytes, numbers, batch);
   p.query = query.view, p.key = key.view, p.value = value.view, p.gate = gate.view, p.bias = bias.view;
   p.mask = mask.view, p.out = out.view, p.lse = lse.view, p.row_max = row_max.view, p.row_sum = row_sum.view;
 }
@@ -100,8 +100,9 @@ void Call::draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch) {
   }
 }
 
-// Windows and lengths at both ends and beyond them.
-void Call::draw_visibility(Bytes& bytes, Sizes batch) {
+// Windows and lengths at both ends and beyond them. The lengths come from `numbers`, as the elements of every tensor do:
+// one for each of up to a thousand batch elements would use up the bytes.
+void Call::draw_visibility(Bytes& bytes, Numbers& numbers, Sizes batch) {
   p.is_causal = bytes.flip();
   if (p.is_causal && bytes.flip()) p.window = 1 + bytes.below(p.k_len + 1);
   if (bytes.usually(3)) return;
@@ -109,7 +110,8 @@ void Call::draw_visibility(Bytes& bytes, Sizes batch) {
     if (bytes.below(4) == 0) n = 1;
   key_lengths = make(DType::kFloat64, sizeof(int64_t), with(batch, 1, 1, 1), bytes, false);
   for_each(key_lengths.sizes, [&](const int64_t* b, int64_t, int64_t, int64_t) {
-    static_cast<int64_t*>(key_lengths.view.data)[key_lengths.offset(b, 0, 0, 0)] = bytes.below(p.k_len + 4) - 1;
+    const double drawn = (numbers.next() + 1) / 2 * static_cast<double>(p.k_len + 4);
+    static_cast<int64_t*>(key_lengths.view.data)[key_lengths.offset(b, 0, 0, 0)] = static_cast<int64_t>(drawn) - 1;
   });
   p.key_lengths = key_lengths.view;
 }

@@ -167,7 +167,7 @@ struct Call {
   explicit Call(Bytes& bytes, int64_t largest);
   void draw_optional(Bytes& bytes, Numbers& numbers, const Sizes& batch);
   void draw_gradients(Bytes& bytes);
-  void draw_visibility(Bytes& bytes, Sizes batch);
+  void draw_visibility(Bytes& bytes, Numbers& numbers, Sizes batch);
 };
 
 }  // namespace core_test

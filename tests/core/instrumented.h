@@ -47,6 +47,7 @@ inline __attribute__((always_inline)) void store_masked(void* p, uint32_t mask, 
 #define _mm512_maskz_loadu_pd(mask, p) core_test::load_masked<__m512d, double>(mask, p)
 #define _mm512_maskz_loadu_epi16(mask, p) core_test::load_masked<__m512i, uint16_t>(mask, p)
 #define _mm256_maskz_loadu_epi16(mask, p) core_test::load_masked<__m256i, uint16_t>(mask, p)
+#define _mm256_maskz_loadu_epi8(mask, p) core_test::load_masked<__m256i, uint8_t>(mask, p)
 #define _mm512_mask_storeu_ps(p, mask, x) core_test::store_masked<float>(p, mask, x)
 #define _mm512_mask_storeu_pd(p, mask, x) core_test::store_masked<double>(p, mask, x)
 #define _mm512_mask_storeu_epi32(p, mask, x) core_test::store_masked<uint32_t>(p, mask, x)
