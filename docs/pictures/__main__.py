@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import axial_shards
+import bias_strip
+import lanes
+import route
+import tile_walk
 import triangle_attention
 from canvas import Picture
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-PICTURES = (triangle_attention,)
+PICTURES = (triangle_attention, lanes, tile_walk, bias_strip, route, axial_shards)
 
 
 def pictures() -> dict[Path, Picture]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """SVG for light and dark pages. One colour means one thing in every picture; see COLORS.
+Teams and devices take them in that order.
 
 A picture has its own ground, so that it reads where a page's theme and the reader's system differ. Fonts are the system's:
 texts leave room for the widest of the usual ones.
@@ -23,7 +24,7 @@ COLORS = {
 }
 GROUND, INK, SOFT = ("#fcfcfb", "#14181d"), ("#1d2530", "#e8edf2"), ("#59636f", "#a3adb9")
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-SUBSCRIPT = re.compile(r"_\{([^}]*)\}")
+RAISED = re.compile(r"([_^])\{([^}]*)\}")
 
 
 def _rules(dark: bool) -> str:
@@ -38,6 +39,12 @@ def _rules(dark: bool) -> str:
 DARK = f"@media (prefers-color-scheme:dark){{{_rules(dark=True)}}}"
 STYLE = f"<style>text{{font-family:{FONT}}}{_rules(dark=False)}{DARK}</style>"
 Points = list[tuple[float, float]]
+
+
+def _index(found: re.Match[str], size: float) -> str:
+    """Lowered or raised, then back by an empty piece, a space of no width."""
+    shift = (0.25 if found[1] == "_" else -0.4) * size
+    return f'<tspan dy="{shift:g}" font-size="{0.75 * size:g}">{found[2]}</tspan><tspan dy="{-shift:g}">&#8203;</tspan>'
 
 
 class Picture:
@@ -66,14 +73,11 @@ class Picture:
     def text(
         self, x: float, y: float, text: str, size: float = 13, color: str = "ink", anchor: str = "start", bold: bool = False
     ) -> None:
-        """`y` is the baseline. `a_{ij}` sets a subscript; "a|b" two lines."""
+        """`y` is the baseline. `a_{ij}` and `a^{T}` set indices, "a|b" two lines."""
         weight = ' font-weight="600"' if bold else ""
-        down, small = 0.25 * size, 0.75 * size
-        # The empty second piece, a space of no width, goes back up.
-        subscript = rf'<tspan dy="{down:g}" font-size="{small:g}">\1</tspan><tspan dy="{-down:g}">&#8203;</tspan>'
         style = f'font-size="{size:g}" text-anchor="{anchor}" class="{color}"{weight}'
         for line in text.split("|"):
-            marked = SUBSCRIPT.sub(subscript, escape(line, quote=False))
+            marked = RAISED.sub(lambda found: _index(found, size), escape(line, quote=False))
             self.parts.append(f'<text x="{x:g}" y="{y:g}" {style}>{marked}</text>')
             y += 1.35 * size
 

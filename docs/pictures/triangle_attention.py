@@ -13,8 +13,8 @@ def draw() -> Picture:
         960,
         430,
         "Triangle attention",
-        "Edge ij of a protein's residues attends to the edges ik. The bias comes from the third side jk and is the same "
-        "for every i. Masked keys are left out, and a gate scales the result.",
+        "Edge ij of a protein's residues attends to the edges ik. The bias comes from the third side jk and is "
+        "the same for every i. Masked keys are left out, and a gate scales the result.",
     )
     _triangle(picture)
     _bias(picture)
