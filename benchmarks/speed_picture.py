@@ -50,11 +50,13 @@ def _times(picture: Picture, rows: list[Document]) -> None:
         picture.text(LEFT + x + 8, 56, name, 12)
     for i, row in enumerate(rows):
         y = 78 + 48 * i
-        seconds = {path: found["min"] for path, found in row["paths"].items()}
+        seconds = {path: found["min"] for path, found in row["paths"].items() if "min" in found}  # others failed
         picture.text(LEFT - 10, y + 20, WORKLOADS[row["workload"]], 12.5, anchor="end")
         picture.rect(LEFT, y, UNIT, 30, "plain", 2)
         picture.rect(LEFT, y, UNIT * seconds["operator"] / seconds["eager"], 30, "query-ink", 2)
         for path, color in MARKS.items():
+            if path not in seconds:
+                continue
             x = LEFT + UNIT * seconds[path] / seconds["eager"]
             picture.line([(x, y - 4), (x, y + 34)], color, 3)
         picture.text(NUMBERS, y + 12, f"{row['ratio_min']:.1f}x the next best", 13, bold=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,11 +30,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mib(before: float, after: float) -> str:
-    return f"{before:.0f} to {after:.0f} MiB"
+    return f"{before:.0f} to {after:.0f}&nbsp;MiB"
 
 
 def length_of_time(milliseconds: float) -> str:
-    return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{milliseconds:.0f} ms"
+    return f"{milliseconds / 1e3:.2f}&nbsp;s" if milliseconds >= 1e3 else f"{milliseconds:.0f}&nbsp;ms"
 
 
 def name_of(row: Document) -> str:
@@ -142,6 +143,18 @@ def decoding() -> str:
     return f"{table(head, rows)}\n\n{where(document)}."
 
 
+def errors() -> str:
+    document = having("ratios")[0]
+    ratios = document["ratios"]
+    names = {"lse32": "lse, plain PyTorch in float32"}
+    rows = []
+    for output in next(iter(ratios.values())):
+        found = [by_output[output] for by_output in ratios.values()]
+        name = names.get(output, output.replace("d_", "gradient of "))
+        rows.append([name, *(f"{statistics.median(ratio):.2f} / {max(ratio):.2f}" for ratio in found)])
+    return f"{table(['', *ratios], rows)}\n\n{where(document)}."
+
+
 def times() -> str:
     parts = []
     for document in having("comparisons"):
@@ -158,7 +171,7 @@ def times() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (epoch, models, speed, shares, memory, attended, hidden, decoding, times)
+    f.__name__: f for f in (epoch, models, speed, shares, memory, attended, hidden, decoding, errors, times)
 }
 
 

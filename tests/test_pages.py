@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -19,21 +20,10 @@ Box = tuple[float, float, float, float]
 
 
 def in_a_copy(folder: Path) -> Path:
-    """What the scripts read and write: they find everything beside themselves."""
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "README.md", "benchmarks", "docs"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
-    if not names:  # a source archive
-        names = [str(p.relative_to(ROOT)) for d in ("benchmarks", "docs") for p in (ROOT / d).rglob("*") if p.is_file()]
-        names.append("README.md")
-    for name in names:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
+    """What the scripts read and write, where a test may change it: they find everything beside themselves."""
+    for name in ("benchmarks", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", folder)
     return folder
 
 

@@ -40,12 +40,8 @@ def _stripes(picture: Picture, x: float, rows: bool) -> None:
         for part in range(4):  # what a device keeps in the turn is its own tile of both
             a, b = (part, device) if rows else (device, part)
             picture.rect(x + STEP * a, 120 + STEP * b, STEP - 2, STEP - 2, color, 2, dashed=part != device)
-        place = (x + 4 * STEP - 28, 120 + STEP * device) if rows else (x + STEP * device, 120 + 3 * STEP)
-        if device == 3:
-            place = (x + 3 * STEP, 120 + 3 * STEP)
-        elif rows:
-            place = (x + 3 * STEP, 120 + STEP * device)
-        picture.text(place[0] + 25, place[1] + 31, f"{device}", 15, anchor="middle", bold=True)
+        left, top = (3, device) if rows else (device, 3)
+        picture.text(x + STEP * left + 25, 151 + STEP * top, f"{device}", 15, anchor="middle", bold=True)
     said = (
         "each row needs its own|pairs only, and the whole|bias: H of C channels,|gathered"
         if rows
@@ -73,7 +69,6 @@ def _grid(picture: Picture, x: float) -> None:
     for b in (120, 120 + half):
         picture.arrow([(x + 62, b + 44), (x + half + 40, b + 44)], "bias", 2)
         picture.arrow([(x + half + 40, b + 64), (x + 62, b + 64)], "bias", 2)
-    for b in (120, 120 + half):
         picture.text(x + half, b + 88, "keys, values", 12, "bias-ink", "middle")
     said = (
         "starting node: a ring along each row|of tiles; ending node: along each|column. "
