@@ -64,11 +64,12 @@ def setting(machine: Document) -> str:
     return f"{cpu(machine)}, {machine['threads']} threads, torch {machine['versions']['torch'].partition('+')[0]}"
 
 
-def settings_and_days(measured: list[Document]) -> str:
+def settings_and_days(measured: list[Document]) -> list[str]:
+    """One to a machine."""
     days: dict[str, dict[str, None]] = {}
     for document in measured:
         days.setdefault(setting(document["machine"]), {})[day(document)] = None
-    return "; ".join(f"{where}, {' and '.join(found)}" for where, found in days.items())
+    return [f"{where}, {' and '.join(found)}" for where, found in days.items()]
 
 
 def where(document: Document) -> str:
@@ -87,11 +88,17 @@ def model_rows() -> list[tuple[Document, Document]]:
     return [pair for name in MODELS for key, pair in newest.items() if key[0] == name]
 
 
-def comparisons() -> dict[tuple[str, str, str], tuple[Document, Document]]:
-    """(workload, dtype, direction): its document and row. Those beside `torch.compile` go first, then the newest."""
-    rows = [(document, row) for document in having("comparisons") for row in document["comparisons"]]
-    rows.sort(key=lambda pair: "compile" not in pair[1]["paths"])
-    chosen: dict[tuple[str, str, str], tuple[Document, Document]] = {}
-    for document, row in rows:
-        chosen.setdefault((row["workload"], row["dtype"], row["direction"]), (document, row))
-    return chosen
+Rows = dict[tuple[str, str, str], tuple[Document, Document]]
+
+
+def comparisons() -> list[Rows]:
+    """For each processor {(workload, dtype, direction): (document, row)}, most rows first.
+
+    Of the rows of one key those beside `torch.compile` go first, then the newest."""
+    pairs = [(document, row) for document in having("comparisons") for row in document["comparisons"]]
+    pairs.sort(key=lambda pair: "compile" not in pair[1]["paths"])
+    processors: dict[str, Rows] = {}
+    for document, row in pairs:
+        rows = processors.setdefault(cpu(document["machine"]), {})
+        rows.setdefault((row["workload"], row["dtype"], row["direction"]), (document, row))
+    return sorted(processors.values(), key=len, reverse=True)

@@ -16,18 +16,18 @@ LEFT, UNIT, NUMBERS = 240, 230, 526  # the axis of the times: 0, width of plain 
 
 
 def draw() -> str:
-    chosen = comparisons()
+    chosen = comparisons()[0]
     rows = [chosen[code, "float32", "forward+backward"] for code in SHOWN]
     memory = having("memory_mib")[0]
     block_document, block = next(pair for pair in model_rows() if pair[1]["model"] == "evoformer")
-    picture = Picture(980, 412, "Time and memory of a training step", _spoken(rows, memory["memory_mib"]))
+    measured = {"Times": [document for document, _ in rows], "Memory": [memory, block_document]}
+    notes = [f"{what}, float32: {line}" for what, found in measured.items() for line in settings_and_days(found)]
+    spoken = _spoken(rows, memory["memory_mib"])
+    picture = Picture(980, 380 + 16 * len(notes), "Time and memory of a training step", spoken)
     _times(picture, [row for _, row in rows])
     _memory(picture, memory["memory_mib"], block)
-    for y, what, measured in (
-        (384, "Times, float32", [document for document, _ in rows]),
-        (400, "Memory, float32", [memory, block_document]),
-    ):
-        picture.text(24, y, f"{what}: {settings_and_days(measured)}", 11, "soft")
+    for n, note in enumerate(notes):
+        picture.text(24, 384 + 16 * n, note, 11, "soft")
     return picture.svg()
 
 

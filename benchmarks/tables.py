@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import speed_picture
-from measured import MODELS, PATHS, ROOT, WORKLOADS, Document, comparisons, day, having, model_rows, where
+from measured import MODELS, PATHS, ROOT, WORKLOADS, Document, Rows, comparisons, day, having, model_rows, where
 
 PLOT = "docs/assets/measured.svg"
 SECTION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -53,7 +53,10 @@ def epoch() -> str:
         peaks = mib(before["peak_mib"], after["peak_mib"])
         rows.append([name_of(row), " to ".join(map(length_of_time, times)), hours, peaks])
     head = ["a training step of", "time", "an epoch of ten hours takes", "peak memory"]
-    notes = dict.fromkeys(where(document) for document, _ in chosen)
+    places: dict[str, list[str]] = {}
+    for document, row in chosen:
+        places.setdefault(where(document), []).append(name_of(row))
+    notes = [f"{' and '.join(names)}: {place}" if len(places) > 1 else place for place, names in places.items()]
     return f"{table(head, rows)}\n\n{'. '.join(notes)}."
 
 
@@ -71,19 +74,21 @@ def models() -> str:
 
 
 def speed() -> str:
-    chosen = comparisons()
+    return "\n\n".join(map(_speed, comparisons()))
 
+
+def _speed(chosen: Rows) -> str:
     def cell(workload: str, dtype: str) -> str:
-        found = [chosen.get((workload, dtype, direction)) for direction in DIRECTIONS]
-        if None in found:
-            return "not measured"
-        ratios = [f"{row['ratio_min']:.1f}{'' if 'compile' in row['paths'] else '*'}" for _, row in found]
-        return " / ".join(ratios)
+        found = [chosen[key][1] for direction in DIRECTIONS if (key := (workload, dtype, direction)) in chosen]
+        ratios = [f"{row['ratio_min']:.1f}{'' if 'compile' in row['paths'] else '*'}" for row in found]
+        return " / ".join(ratios) or "not measured"
 
     dtypes = "float32", "bfloat16"
-    rows = [[title, code, *(cell(code, dtype) for dtype in dtypes)] for code, title in WORKLOADS.items()]
-    notes = dict.fromkeys(where(document) for document, _ in chosen.values())
-    listed = "\n".join(f"- {note}" for note in notes)
+    measured = {workload for workload, _, _ in chosen}
+    rows = [
+        [title, code, *(cell(code, dtype) for dtype in dtypes)] for code, title in WORKLOADS.items() if code in measured
+    ]
+    listed = "\n".join(f"- {note}" for note in dict.fromkeys(where(document) for document, _ in chosen.values()))
     return f"{table(['', 'code', *dtypes], rows)}\n\n{listed}"
 
 
