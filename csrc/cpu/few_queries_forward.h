@@ -5,15 +5,6 @@
 // Keys come in blocks that stay in the first-level cache until every query has read them and their values, so memory is
 // read once, in order. The formulas are those of forward_block.h.
 
-// The logit that a bias adds, in log2 units.
-template <class T, class A>
-TGA_INLINE A bias_logit(const Problem& p, int64_t offset) {
-  if (!p.bias.data) return 0;
-  if (sizeof(T) == 2 && p.bias_dtype == DType::kFloat32)
-    return log2_logit<A>(set1<A>(static_cast<const float*>(p.bias.data)[offset]))[0];
-  return log2_logit<A>(set1<A>(load_one(static_cast<const T*>(p.bias.data) + offset)))[0];
-}
-
 // Keys of a row that are fetched all at once, while the row before is computed. Those of longer rows are fetched by the
 // block.
 constexpr int64_t kFewKeys = 32;
@@ -243,13 +234,16 @@ class FewQueriesForward {
         queries_(static_cast<int>(group_ * p.q_len)),
         stride_(KeyBlock<T, A>::padded(p.value_dim) + 2),
         block_(p, queries_, c),
+        tiny_(p, c),
         states_(c.take<A>(queries_ * stride_)) {}
 
   void run(const ForwardUnitOfWork& w) {
     lanes_.fill(0, queries_, p_.q_len, 1);
     block_.prepare(lanes_);
+    tiny_.prepare();
     for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch, int64_t r) {
       const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
+      if (TinyRow<T, A>::fits(p_)) return run_tiny_row(batch, visible);
       const Range<int64_t> keys = visible.keys_of(lanes_.rows).within(w.keys);
       for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
         add_keys(batch, kv_head, visible, keys);
@@ -282,6 +276,16 @@ class FewQueriesForward {
   A& shift(int i) const { return states_[(i + 1) * stride_ - 1]; }
   A* saved(const ForwardUnitOfWork& w, int64_t r, int64_t kv_head) const {
     return reinterpret_cast<A*>(w.state + (r - w.row_begin) * state_bytes()) + kv_head * queries_ * stride_;
+  }
+
+  void run_tiny_row(const Offsets& batch, const Visibility<int64_t>& visible) {
+    for (int64_t head = 0; head < p_.heads; ++head) {
+      const int g = static_cast<int>(head % tiny_.heads);
+      if (g == 0) tiny_.add_keys(batch, visible, head);
+      tiny_.add_values(g, o(0));
+      sum(0) = tiny_.sum(g), shift(0) = tiny_.shift(g);
+      finish(batch, head);
+    }
   }
 
   void add_keys(const Offsets& batch, int64_t kv_head, const Visibility<int64_t>& visible, const Range<int64_t>& keys) {
@@ -401,5 +405,6 @@ class FewQueriesForward {
   const int64_t stride_;  // between states
   Lanes lanes_;
   KeyBlock<T, A> block_;
+  TinyRow<T, A> tiny_;
   A* states_;  // [query][value_dim, padded; sum; shift]
 };
