@@ -157,30 +157,6 @@ TGA_DEVICE KeyPlace key_place(const BackwardParams& p) {
   return place;
 }
 
-// Rows whose key some query attends to, as far as positions and a mask of keys say: the others hold anything, and get
-// zeros.
-template <class T>
-TGA_DEVICE void find_attended(bool (&attended)[T::kRowTiles][2], const BackwardParams& p, int length) {
-  const KeyPlace place = key_place<T>(p);
-  const int heads_per_kv = p.heads / p.kv_heads;
-  TGA_UNROLL
-  for (int m = 0; m < T::kRowTiles; ++m) {
-    TGA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int key = place.first_key + m * 16 + this_lane().row + 8 * i;
-      attended[m][i] = place.row < p.batch.rows && !visibility<int64_t>(p, length).queries_of({key, key + 1}).empty();
-      if (attended[m][i] && p.mask.data != nullptr && p.mask.row == 0) {
-        bool any_head = false;
-        for (int h = 0; h < (p.mask.head == 0 ? 1 : heads_per_kv); ++h) {
-          any_head |= dev::load_global<uint8_t>(mask_of(p, place.slab, place.row, place.kv_head * heads_per_kv + h) +
-                                                key * p.mask.col) != 0;
-        }
-        attended[m][i] = any_head;
-      }
-    }
-  }
-}
-
 // The bias of a head as C operands, from the query `first_query` on.
 template <class T>
 TGA_DEVICE auto key_bias(const BackwardParams& p, const KeyPlace& place, int head, int first_query) {
@@ -206,8 +182,23 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
   QueryPlan<T> plan(dev::shared_base());
   plan.begin(p, slab, row);
 
+  // Rows whose key no query attends to, as far as positions and a mask of keys say: they hold anything, and get zeros.
   bool attended[T::kRowTiles][2];
-  find_attended<T>(attended, p, plan.length());
+  TGA_UNROLL
+  for (int m = 0; m < T::kRowTiles; ++m) {
+    TGA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int key = first_key + m * 16 + lane.row + 8 * i;
+      attended[m][i] = exists && !visibility<int64_t>(p, plan.length()).queries_of({key, key + 1}).empty();
+      if (attended[m][i] && p.mask.data != nullptr && p.mask.row == 0) {
+        bool any_head = false;
+        for (int h = 0; h < (p.mask.head == 0 ? 1 : heads_per_kv); ++h) {
+          any_head |= dev::load_global<uint8_t>(mask_of(p, slab, row, kv_head * heads_per_kv + h) + key * p.mask.col) != 0;
+        }
+        attended[m][i] = any_head;
+      }
+    }
+  }
 
   uint32_t key[T::kRowTiles][T::kFragments][4], value[T::kRowTiles][T::kFragments][4];
   float d_key[T::kRowTiles][T::kCols][4], d_value[T::kRowTiles][T::kCols][4];
@@ -373,9 +364,6 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
   }
 
   const KeyPlace here = key_place<T>(p);
-  if constexpr (T::kTf32) {  // which has no registers to keep it
-    find_attended<T>(attended, p, plan.length());
-  }
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
     TGA_UNROLL
