@@ -130,12 +130,15 @@ def test_budgets(modules):
         "sm_90 bf16 forward D=16 half shared: 8 bytes of stack, 0 local accesses"
     ]
     assert report.broken_budgets([row(modules, kernel=kernel(sass, stack=8), head_dim=96)]) == []
+    for dtype, head_dim, broken in (("bf16", 32, 0), ("fp32", 32, 1), ("fp32", 48, 0)):
+        spilled = row(modules, dtype=dtype, head_dim=head_dim, name="backward_key", kernel=kernel(sass, stack=8), cost=None)
+        assert len(report.broken_budgets([spilled])) == broken
     atomic = kernel(sass, [*LISTING, (0x1F0, None, "RED.E.ADD.F32", " [R2], R1")])
     assert report.broken_budgets([row(modules, kernel=atomic)]) == [
         "sm_90 bf16 forward D=16 half shared: 1 atomic instructions"
     ]
     step = [
-        row(modules, dtype="fp32", head_dim=32, access="float", name=name, strip=strip, cost=cost(sass, 70, HMMA=2.0))
+        row(modules, dtype="fp32", head_dim=32, access="float", name=name, strip=strip, cost=cost(sass, 80, HMMA=2.0))
         for name, strip in (("forward", False), ("backward_query", True), ("backward_key", False))
     ]
     assert [line.split(":")[0] for line in report.broken_budgets(step)] == [
