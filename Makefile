@@ -3,10 +3,11 @@
 # Each command works in a fresh clone: it makes .venv, installs a pinned PyTorch, compiles the library and runs. Repeating one
 # costs only what has changed.
 #
-#   make demo    the worked example          make bench   the measurements of the README
+#   make demo    the worked example          make bench   the measurements of docs/performance.md
 #   make test    the tests                   make lint    format, style and type checks
 #   make sass    what the compiler made of the CUDA kernels, against budgets and others' kernels; needs nvcc, no GPU
 #   make docs    the site, in build/site     make dist    source archive and wheel, checked, in dist/
+#   make pages   what is measured into README and docs, from benchmarks/results, and the pictures of docs/pictures
 #
 # TORCH_VERSION=2.12.* takes another PyTorch, PYTHON=python3.12 another Python, TORCH_INDEX=URL another package index for torch
 # (https://download.pytorch.org/whl/cpu: a torch without CUDA), JOBS=1 one compiler at a time. ARGS is passed on.
@@ -31,7 +32,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # What runs here needs the CUDA kernels, minutes of compilation, only where there is a device.
 export TORCH_GATED_ATTN_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 
-.PHONY: demo test bench lint sass docs dist clean
+.PHONY: demo test bench lint sass pages docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -52,6 +53,11 @@ lint: $(TOOLS)
 # The torch of a GPU build brings Triton, and with it the disassembler.
 sass: $(TORCH)
 	MAX_JOBS=$(JOBS) $(BIN)/python benchmarks/sass_report.py --peers $(ARGS)
+
+# Needs Python alone.
+pages:
+	$(PYTHON) docs/pictures
+	$(PYTHON) benchmarks/tables.py
 
 docs: $(TOOLS)
 	$(BIN)/pip install mkdocs-material 'mkdocstrings[python]' latex2mathml

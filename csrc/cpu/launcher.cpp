@@ -91,7 +91,8 @@ Gradients backward_cpu(const BackwardArguments& a) {
   // Parts of the gradients of key and value, [part][unit][row][K][dimension], where the queries are shared out.
   const auto part_tensor = [&](const View& wanted, int64_t dim) {
     const bool needed = schedule.parts > 1 && wanted.data;
-    return at::empty({needed ? schedule.parts : 0, schedule.part_rows(p), p.k_len, dim}, a.row_sum.options());
+    return prefer_huge_pages(
+        at::empty({needed ? schedule.parts : 0, schedule.part_rows(p), p.k_len, dim}, a.row_sum.options()));
   };
   const at::Tensor d_key = part_tensor(p.d_key, p.head_dim), d_value = part_tensor(p.d_value, p.value_dim);
   const int64_t k_row = p.k_len * p.head_dim * d_key.element_size(), v_row = p.k_len * p.value_dim * d_value.element_size();
