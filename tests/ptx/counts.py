@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How many instructions a warp executes before, in and after the main loop: the innermost loops with matrix products."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .parser import Kernel
+
+
+class Executed(NamedTuple):
+    """Per warp, the mean over all warps of a launch."""
+
+    prologue: float  # all that may be followed by the main loop, so also what plans a panel of keys
+    loop: float
+    epilogue: float
+
+    @property
+    def around(self) -> float:
+        """The share outside of the loop."""
+        return 1 - self.loop / sum(self)
+
+
+def successors(kernel: Kernel) -> list[list[int]]:
+    """Of every instruction; the end of the kernel is none."""
+    instructions, result = kernel.instructions, []
+    for i, instruction in enumerate(instructions):
+        name = instruction.opcode.split(".")[0]
+        falls = name not in ("bra", "ret", "exit") or instruction.guard
+        after = [i + 1] if falls and i + 1 < len(instructions) else []
+        if name == "bra":
+            after.append(kernel.labels[instruction.operands[0]])
+        result.append(after)
+    return result
+
+
+def reverse(edges: list[list[int]]) -> list[list[int]]:
+    result: list[list[int]] = [[] for _ in edges]
+    for i, targets in enumerate(edges):
+        for target in targets:
+            result[target].append(i)
+    return result
+
+
+def reached(edges: list[list[int]], starts: list[int], without: int = -1) -> np.ndarray:
+    """Whether an instruction can be reached from any of the starts, not by way of `without`."""
+    seen, left = np.zeros(len(edges), bool), list(starts)
+    while left:
+        at = left.pop()
+        if not seen[at]:
+            seen[at] = True
+            if at != without:
+                left.extend(edges[at])
+    return seen
+
+
+def back_edges(edges: list[list[int]]) -> list[tuple[int, int]]:
+    """Edges to an instruction that the way to their start has come by."""
+    found, state = [], np.zeros(len(edges), np.int8)  # 1: on the way, 2: left
+    left = [(0, iter(edges[0]))]
+    state[0] = 1
+    while left:
+        at, rest = left[-1]
+        following = next(rest, None)
+        if following is None:
+            state[at] = 2
+            left.pop()
+        elif state[following] == 1:
+            found.append((at, following))
+        elif state[following] == 0:
+            state[following] = 1
+            left.append((following, iter(edges[following])))
+    return found
+
+
+def main_loop(kernel: Kernel) -> np.ndarray:
+    """Which instructions belong to it."""
+    edges = successors(kernel)
+    backwards = reverse(edges)
+    product = np.array([i.opcode.startswith("mma.") for i in kernel.instructions])
+    bodies: dict[int, np.ndarray] = {}  # by their first instruction
+    for end, head in back_edges(edges):
+        body = reached(backwards, [end], without=head)
+        bodies[head] = bodies.get(head, False) | body
+    loops = [body for body in bodies.values() if (body & product).any()]
+    innermost = [a for a in loops if not any((b & ~a).sum() == 0 and (a & ~b).any() for b in loops)]
+    return np.logical_or.reduce(innermost) if innermost else np.zeros(len(edges), bool)
+
+
+def executed(kernel: Kernel, issued: np.ndarray, warps: int) -> Executed:
+    """`issued`: by the warps of a launch, for each instruction."""
+    loop = main_loop(kernel)
+    before = reached(reverse(successors(kernel)), list(np.flatnonzero(loop))) & ~loop
+    parts = (before, loop, ~before & ~loop)
+    return Executed(*(float(issued[part].sum() / warps) for part in parts))
