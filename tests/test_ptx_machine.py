@@ -97,7 +97,6 @@ FAULTS = {
         "setp.eq.u32 %p1, %r1, 40; mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6|%p2, %r4, 1, 31, -1;",
         "lanes of a warp are elsewhere",
     ),
-    "register never written": ("add.s32 %r6, %r30, 1;", "%r30, which was never written"),
 }
 
 
@@ -158,6 +157,10 @@ def test_loops_and_branches_that_part():
     result, machine = run(body)
     assert (result == expected.reshape(-1, 2)[:, ::-1].reshape(-1)).all()
     assert machine.issued.max() == 64 * 2 + 32 * 2  # the loop: as often as the longest thread of each warp
+
+
+def test_registers_begin_poisoned():
+    assert (run("mov.b32 %r6, %r30;")[0] == 0xFFFFFFFF).all()
 
 
 def half(numbers: np.ndarray) -> np.ndarray:

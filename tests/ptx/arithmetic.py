@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from .operands import TYPES, Run, Value, elementwise, opcode, reader, vector, writer
 from .memory import RAW
-from .parser import Instruction, Kernel, Unsupported
+from .operands import TYPES, Run, Value, elementwise, opcode, reader, vector, writer
+from .parser import Instruction, Kernel
 
 INTEGER = r"([us](?:16|32|64))"
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -51,16 +51,14 @@ def divide(x: Value, y: Value) -> Value:
     quotient = np.floor_divide(np.abs(x), np.abs(y)).astype(x.dtype)
     if x.dtype.kind == "i":
         quotient = np.where((x < 0) != (y < 0), -quotient, quotient)
-    return np.where(
-        y == 0, x.dtype.type(-1 & (2 ** (8 * x.itemsize) - 1)) if x.dtype.kind == "u" else x.dtype.type(-1), quotient
-    )
+    return np.where(y == 0, np.invert(x.dtype.type(0)), quotient)
 
 
 simple(rf"div\.{INTEGER}", 2, divide)
 simple(rf"rem\.{INTEGER}", 2, lambda x, y: x - divide(x, y) * y)
 
 
-@opcode(rf"mul\.hi\.([us]32)")
+@opcode(r"mul\.hi\.([us]32)")
 def multiply_high(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
     wide = TYPES[WIDER[found[1]]]
 
@@ -68,6 +66,20 @@ def multiply_high(kernel: Kernel, instruction: Instruction, found: re.Match) -> 
         return (x.astype(wide) * y.astype(wide) >> wide.type(32)).astype(TYPES[found[1]])
 
     return elementwise(kernel, instruction, [found[1]] * 2, high)
+
+
+@opcode(r"mul\.hi\.s64")
+def multiply_high_64(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
+    half, low = np.int64(32), np.int64(0xFFFFFFFF)
+
+    def high(x: Value, y: Value) -> Value:
+        (a, b), (c, d) = ((v >> half, v & low) for v in (x, y))
+        bottom = ((b * d).view(np.uint64) >> np.uint64(32)).view(np.int64)
+        first = a * d + bottom
+        second = b * c + (first & low)
+        return a * c + (first >> half) + (second >> half)
+
+    return elementwise(kernel, instruction, ["s64"] * 2, high)
 
 
 @opcode(r"(mul|mad)\.wide\.([us](?:16|32))")

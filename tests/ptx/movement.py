@@ -27,16 +27,20 @@ def load_parameter(kernel: Kernel, instruction: Instruction, found: re.Match) ->
     writers = [writer(kernel, name) for name in names]
 
     def run(machine, active) -> None:
-        start = int(at(machine))
-        values = machine.parameters[start : start + kind.itemsize * len(writers)].view(kind)
+        threads, where = machine.active_addresses(at, active)
+        first = where[0]
+        if (where != first).any():
+            raise Unsupported("threads that look at different parameters")
+        values = machine.parameters[first : first + kind.itemsize * len(writers)].view(kind)
         for write, value in zip(writers, values, strict=True):
             write(machine, value, active)
 
     return run
 
 
-@opcode(rf"ld(?:\.volatile)?\.(global|shared)(?:\.nc)?(?:\.v([24]))?\.{KIND}")
+@opcode(rf"ld(?:\.volatile)?(?:\.(global|shared))?(?:\.nc)?(?:\.v([24]))?\.{KIND}")
 def load(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
+    """A generic address is one of global memory: no kernel makes one of shared memory."""
     space, count, kind = found.groups()
     at, dtype = address(kernel, instruction.operands[1]), TYPES[kind]
     writers = [writer(kernel, name) for name in counted(instruction.operands[0], count)]
@@ -45,7 +49,7 @@ def load(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
 
     def run(machine, active) -> None:
         threads, where = machine.active_addresses(at, active)
-        if space == "global":
+        if space != "shared":
             values = machine.memory.load(where, dtype.itemsize, len(writers), threads)
         else:
             words = machine.shared.load(where, len(writers) * dtype.itemsize // 4, threads, instruction)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .faults import Fault
 from .memory import RAW
 from .parser import Instruction, Kernel, Unsupported
 from .shared import BASE
@@ -77,8 +76,9 @@ def reader(kernel: Kernel, text: str, kind: str) -> Read:
     dtype = TYPES[kind]
     if text in SPECIAL:
         return lambda machine: getattr(machine, SPECIAL[text]).astype(dtype)
-    if text == "dynamic_shared" or text.endswith("dynamic_shared"):
-        return lambda machine: dtype.type(BASE)
+    if text in (kernel.parameter, kernel.dynamic_shared):
+        base = dtype.type(0 if text == kernel.parameter else BASE)
+        return lambda machine: base
     if text[0] != "%" and text not in kernel.widths:
         value = constant(text, dtype)
         return lambda machine: value
@@ -86,14 +86,16 @@ def reader(kernel: Kernel, text: str, kind: str) -> Read:
     if (width == 0) != (kind == "pred"):
         raise Unsupported(f"{text} as {kind}")
 
+    kind = RAW[width] if width else np.bool_
+    poison = kind(-1 & (2 ** (8 * width) - 1))  # the compiler does select from registers that nothing was written to
+
     def read(machine: Machine) -> Value:
         value = machine.registers[place]
-        if value is None:
-            raise Fault(f"a read of {text}, which was never written", 0)
-        return value.view(dtype)
+        return (poison if value is None else value).view(dtype)
 
     def read_low_part(machine: Machine) -> Value:
-        return machine.registers[place].astype(RAW[dtype.itemsize]).view(dtype)
+        value = machine.registers[place]
+        return (poison if value is None else value).astype(RAW[dtype.itemsize]).view(dtype)
 
     if width in (0, dtype.itemsize):
         return read
@@ -137,8 +139,6 @@ def address(kernel: Kernel, text: str) -> Read:
     if found is None:
         raise Unsupported(f"address {text}")
     offset, base = int(found[2] or 0), found[1]
-    if base == kernel.parameter:
-        return lambda machine: np.int64(offset)
     read = reader(kernel, base, f"b{8 * kernel.width(base)}" if base[0] == "%" else "b32")
     return lambda machine: read(machine).astype(np.int64) + offset
 

@@ -36,12 +36,13 @@ class Instruction:
 class Kernel:
     """One entry of a file. Parsed when it is first needed, since most kernels of a file never run in a test."""
 
-    def __init__(self, name: str, parameters: str, body: str, line: int) -> None:
+    def __init__(self, name: str, parameters: str, body: str, line: int, dynamic_shared: str) -> None:
         self.name, self.body, self.line = name, body, line
         found = re.findall(r"\.b8 (\w+)\[(\d+)\]", parameters)
         if len(found) != 1:
             raise Unsupported(f"{name}: kernels take one struct, not ({parameters.strip()})")
         self.parameter, self.parameter_bytes = found[0][0], int(found[0][1])
+        self.dynamic_shared = dynamic_shared  # its symbol
         self.labels: dict[str, int] = {}
         self.slots: dict[str, int] = {}  # of the machine, by register
         self.widths: dict[str, int] = {}  # bytes of a register by its name without the number; 0: a predicate
@@ -98,9 +99,12 @@ def instruction(statement: str, line: int) -> Instruction:
 def parse(text: str) -> dict[str, Kernel]:
     """The entries of a file by their mangled names."""
     kernels, line, position = {}, 1, 0
+    shared = re.findall(r"^\.extern \.shared .* (\w+)\[\];", text, re.MULTILINE)
+    if len(shared) > 1:
+        raise Unsupported(f"shared memory {shared}")
     for found in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)[^{]*\{", text):
         begin = found.end()
         end = text.index("\n}", begin)  # scopes within a kernel are indented
         line += text.count("\n", position, begin)
-        kernels[found[1]], position = Kernel(found[1], found[2], text[begin:end], line), begin
+        kernels[found[1]], position = Kernel(found[1], found[2], text[begin:end], line, *(shared or [""])), begin
     return kernels

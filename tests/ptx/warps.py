@@ -16,7 +16,6 @@ from .operands import Run, Value, address, opcode, reader, vector, writer
 from .parser import Instruction, Kernel, Unsupported
 
 LANE = np.arange(32)
-EVERY_LANE = ("-1", "0xffffffff", "4294967295")
 
 
 def whole_warps(machine, active) -> None:
@@ -31,17 +30,35 @@ def whole_warps(machine, active) -> None:
         raise Fault(f"lanes of a warp are elsewhere, as lane {missing}", warp * 32 + np.flatnonzero(lanes[warp])[0])
 
 
-def everyone(instruction: Instruction) -> None:
-    if instruction.operands[-1] not in EVERY_LANE:
-        raise Unsupported(f"line {instruction.line}: {instruction.text}: not all lanes")
+def fixed(kernel: Kernel, instruction: Instruction, operand: int, value: int) -> Run:
+    """A check that an operand has the only value that is supported."""
+    read = reader(kernel, instruction.operands[operand], "u32")
+
+    def check(machine, active) -> None:
+        given = read(machine)
+        if (given != value).any() if active is None or given.ndim == 0 else (given[active] != value).any():
+            raise Unsupported(f"{kernel.name}, line {instruction.line}: {instruction.text}: not {value}")
+
+    return check
+
+
+def every_lane(kernel: Kernel, instruction: Instruction) -> Run:
+    """A check that the lanes are all that the instruction asks for, which is all."""
+    check = fixed(kernel, instruction, -1, 0xFFFFFFFF)
+
+    def run(machine, active) -> None:
+        check(machine, active)
+        whole_warps(machine, active)
+
+    return run
 
 
 @opcode(r"bar\.warp\.sync")
 def sync_warp(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
-    everyone(instruction)
+    together = every_lane(kernel, instruction)
 
     def run(machine, active) -> None:
-        whole_warps(machine, active)
+        together(machine, active)
         machine.shared.sync_warps(machine.active_threads(active))
 
     return run
@@ -49,7 +66,7 @@ def sync_warp(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
 
 @opcode(r"vote\.sync\.(any|all|ballot)\.(pred|b32)")
 def vote(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
-    everyone(instruction)
+    together = every_lane(kernel, instruction)
     text = instruction.operands[1]
     negated, text = text.startswith("!"), text.lstrip("!")
     read, write = reader(kernel, text, "pred"), writer(kernel, instruction.operands[0])
@@ -57,7 +74,7 @@ def vote(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
         raise Unsupported(f"line {instruction.line}: {instruction.text}")
 
     def run(machine, active) -> None:
-        whole_warps(machine, active)
+        together(machine, active)
         votes = np.broadcast_to(read(machine) != negated, machine.count).reshape(-1, 32)
         if found[1] == "ballot":
             result = (votes.astype(np.uint32) << LANE.astype(np.uint32)).sum(1, dtype=np.uint32)
@@ -70,16 +87,15 @@ def vote(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
 
 @opcode(r"shfl\.sync\.(bfly|idx)\.b32")
 def shuffle(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
-    everyone(instruction)
-    target, source, lanes, clamp, _ = instruction.operands
-    if clamp not in ("31", "0x1f"):
-        raise Unsupported(f"line {instruction.line}: {instruction.text}: a part of the warp")
+    target, source, lanes, *_ = instruction.operands
+    together, whole = every_lane(kernel, instruction), fixed(kernel, instruction, 3, 31)
     target, *predicate = target.split("|")
     read, number = reader(kernel, source, "b32"), reader(kernel, lanes, "u32")
     writers = [(writer(kernel, target), None), *((writer(kernel, name), np.bool_(True)) for name in predicate)]
 
     def run(machine, active) -> None:
-        whole_warps(machine, active)
+        whole(machine, active)
+        together(machine, active)
         given = np.broadcast_to(read(machine), machine.count)
         by = number(machine).astype(np.int64)
         if ((by < 0) | (by > 31)).any():
