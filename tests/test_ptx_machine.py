@@ -163,6 +163,14 @@ def test_registers_begin_poisoned():
     assert (run("mov.b32 %r6, %r30;")[0] == 0xFFFFFFFF).all()
 
 
+def test_registers_of_an_inner_scope_are_others():
+    """As in what the compiler makes of __syncthreads_or."""
+    body = """setp.eq.u32 %p1, %r1, 5; mov.b32 %r7, 3;
+    { .reg .pred %p1; .reg .pred %p2; setp.ne.u32 %p1, %r1, 99; bar.red.or.pred %p2, 0, %p1; selp.b32 %r7, 7, 0, %p2; }
+    selp.b32 %r6, %r7, 1, %p1;"""
+    assert (run(body)[0] == np.where(np.arange(128) % 64 == 5, 7, 1)).all()
+
+
 def half(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(np.float32).view(np.uint32)
 

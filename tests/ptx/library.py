@@ -7,8 +7,10 @@ import ctypes
 import pathlib
 import subprocess
 import types
+from collections.abc import Iterable
 
 import numpy as np
+from cuda_emulator import kernels
 from cuda_emulator.harness import Problem
 
 from . import parser
@@ -19,6 +21,11 @@ from .parser import Kernel
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_size_t)
 ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a block may ask for
+
+
+def demangled(names: Iterable[str]) -> str:
+    """One to a line."""
+    return subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
 
 
 class Library:
@@ -36,6 +43,11 @@ class Library:
         self.memory = GlobalMemory()
         self.error: BaseException | None = None
 
+    def variants(self, arch: int) -> dict[kernels.Kernel, str]:
+        """Mangled names by type, head_dim and variant."""
+        mangled = list(self.kernels[arch])
+        return dict(zip(map(kernels.parse_one, demangled(mangled).splitlines()), mangled, strict=True))
+
     # The names and signatures of the emulator's library.
     def emulator_allow(self, start: ctypes.c_void_p, size: ctypes.c_size_t, writable: int) -> None:
         self.memory.allow(start.value or 0, size.value, bool(writable))
@@ -50,8 +62,7 @@ class Library:
         return self.call(problem, arch, True, bool(d_gate_is_float))
 
     def emulator_launched(self) -> bytes:
-        names = "\n".join(self.launched).encode()
-        return subprocess.run(["c++filt"], input=names, check=True, capture_output=True).stdout
+        return demangled(self.launched).encode()
 
     def emulator_tiles(self) -> bytes:
         return b""

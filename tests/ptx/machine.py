@@ -17,7 +17,7 @@ from . import arithmetic, movement, warps  # noqa: F401  # they fill the table o
 from .faults import Fault, Finding
 from .memory import GlobalMemory
 from .operands import Read, Run, compile_instruction, reader, slot, writer
-from .parser import Instruction, Kernel, Unsupported
+from .parser import Instruction, Kernel, Unsupported, parse_instruction
 from .shared import SharedMemory
 
 DONE, WAITS = 1 << 40, 1 << 39  # program counters of threads that do not go on
@@ -36,7 +36,9 @@ class Step(NamedTuple):
     vote: tuple[str, Read, object] | None = None  # and or or, what is voted, where the result goes
 
 
-def compile_step(kernel: Kernel, instruction: Instruction) -> Step:
+def compile_step(kernel: Kernel, counter: int) -> Step:
+    line, statement = kernel.statements[counter]
+    instruction = parse_instruction(statement, line)
     guard = slot(kernel, instruction.guard) if instruction.guard else -1
     fields = instruction, guard, instruction.negated
     if instruction.opcode in ("bra", "bra.uni"):
@@ -72,8 +74,8 @@ class Machine:
         self.registers: list[np.ndarray | None] = []
         self.counters = np.zeros(self.count, np.int64)
         self.resume = np.zeros(self.count, np.int64)
-        self.votes: list[tuple[Step, np.ndarray]] = []
-        self.issued = np.zeros(len(kernel.instructions), np.int64)  # by warps
+        self.arrived: list[tuple[Step, np.ndarray]] = []
+        self.issued = np.zeros(len(kernel.statements), np.int64)  # by warps
         self.executed = 0
 
     # What handlers ask for.
@@ -95,7 +97,7 @@ class Machine:
     def step(self, counter: int) -> Step:
         step = self.kernel.steps[counter]
         if step is None:
-            step = self.kernel.steps[counter] = compile_step(self.kernel, self.kernel.instructions[counter])
+            step = self.kernel.steps[counter] = compile_step(self.kernel, counter)
             self.registers += [None] * (len(self.kernel.slots) - len(self.registers))
         return step
 
@@ -178,30 +180,37 @@ class Machine:
     def arrive(self, step: Step, mask: np.ndarray | None, resume: int) -> None:
         which = np.ones(self.count, bool) if mask is None else mask
         self.resume[which], self.counters[which] = resume, WAITS
-        self.votes.append((step, which))
+        self.arrived.append((step, which))
 
     def release(self) -> None:
         """Everyone waits or is done."""
-        votes, self.votes = self.votes, []
-        if len({step.vote and step.vote[0] for step, _ in votes}) > 1:
-            self.report(Fault("threads of a block wait at barriers of different kinds", 0), votes[0][0].instruction)
+        arrived, self.arrived = self.arrived, []
         self.find_races(self.shared.sync_block)
-        if votes[0][0].vote:
-            given = np.full(self.count, votes[0][0].vote[0] == "and")
-            for step, which in votes:
-                given = np.where(which, step.vote[1](self), given)
-            blocks = given.reshape(-1, self.size)
-            results = blocks.all(1) if votes[0][0].vote[0] == "and" else blocks.any(1)
-            for step, which in votes:
-                step.vote[2](self, np.repeat(results, self.size), which)
+        self.count_votes([(step, which) for step, which in arrived if step.vote])
         waits = self.counters == WAITS
+        kind = np.zeros(self.count, np.int8)
+        for step, which in arrived:
+            kind[which] = 0 if step.vote is None else 1 + (step.vote[0] == "and")
+        kinds = np.ma.masked_array(kind, ~waits).reshape(-1, self.size)
+        if (kinds.min(1) != kinds.max(1)).any():
+            self.report(Fault("threads of a block wait at barriers of different kinds", 0), arrived[0][0].instruction)
         self.counters[waits] = self.resume[waits]
+
+    def count_votes(self, arrived: list[tuple[Step, np.ndarray]]) -> None:
+        """The threads of a block may stand at barriers in different places of the code."""
+        given = {"and": np.ones(self.count, bool), "or": np.zeros(self.count, bool)}
+        for step, which in arrived:
+            given[step.vote[0]] = np.where(which, step.vote[1](self), given[step.vote[0]])
+        for step, which in arrived:
+            blocks = given[step.vote[0]].reshape(-1, self.size)
+            result = blocks.all(1) if step.vote[0] == "and" else blocks.any(1)
+            step.vote[2](self, np.repeat(result, self.size), which)
 
     def count_issued(self, start: int, end: int, warps: int) -> None:
         self.issued[start:end] += warps
         self.executed += end - start
         if self.executed > MOST_INSTRUCTIONS:
-            raise Unsupported(f"{self.kernel.name} does not end")
+            raise Finding(f"{self.kernel.name} does not end")
 
     def report(self, fault: Fault, instruction: Instruction) -> None:
         block, thread = divmod(fault.thread, self.size)

@@ -27,7 +27,7 @@ def load_parameter(kernel: Kernel, instruction: Instruction, found: re.Match) ->
     writers = [writer(kernel, name) for name in names]
 
     def run(machine, active) -> None:
-        threads, where = machine.active_addresses(at, active)
+        where = machine.active_addresses(at, active)[1]
         first = where[0]
         if (where != first).any():
             raise Unsupported("threads that look at different parameters")

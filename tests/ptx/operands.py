@@ -7,6 +7,7 @@ integers of their width; an instruction looks at them as its type. No array is e
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,19 @@ def opcode(pattern: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def compile_instruction(kernel: Kernel, instruction: Instruction) -> Run:
+@functools.cache
+def find_handler(code: str) -> tuple[Handler, re.Match] | None:
     for pattern, handler in HANDLERS:
-        if found := pattern.fullmatch(instruction.opcode):
-            return handler(kernel, instruction, found)
-    raise Unsupported(f"{kernel.name}, line {instruction.line}: {instruction.text}")
+        if found := pattern.fullmatch(code):
+            return handler, found
+    return None
+
+
+def compile_instruction(kernel: Kernel, instruction: Instruction) -> Run:
+    known = find_handler(instruction.opcode)
+    if known is None:
+        raise Unsupported(f"{kernel.name}, line {instruction.line}: {instruction.text}")
+    return known[0](kernel, instruction, known[1])
 
 
 def slot(kernel: Kernel, register: str) -> int:

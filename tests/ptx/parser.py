@@ -8,9 +8,9 @@ import functools
 import re
 
 STATEMENT = re.compile(
-    r"""\s+ | //[^\n]* | [{}]                # scopes; the braces of operands are inside a statement
+    r"""\s*(?: //[^\n]* | (?P<brace>[{}])      # scopes; the braces of operands are inside a statement
     | (?P<label>[$\w]+):
-    | (?P<statement>[^;]+);""",
+    | (?P<statement>[^;\s][^;]*); | \Z)""",
     re.VERBOSE,
 )
 REGISTERS = re.compile(r"\.reg \.(pred|b\d+|f\d+|s\d+|u\d+)\s+(.*)", re.DOTALL)
@@ -33,49 +33,66 @@ class Instruction:
     negated: bool
 
 
+@dataclasses.dataclass(eq=False)
 class Kernel:
     """One entry of a file. Parsed when it is first needed, since most kernels of a file never run in a test."""
 
-    def __init__(self, name: str, parameters: str, body: str, line: int, dynamic_shared: str) -> None:
-        self.name, self.body, self.line = name, body, line
-        found = re.findall(r"\.b8 (\w+)\[(\d+)\]", parameters)
+    name: str
+    parameters: str
+    body: str
+    line: int
+    dynamic_shared: str  # its symbol
+
+    def __post_init__(self) -> None:
+        found = re.findall(r"\.b8 (\w+)\[(\d+)\]", self.parameters)
         if len(found) != 1:
-            raise Unsupported(f"{name}: kernels take one struct, not ({parameters.strip()})")
+            raise Unsupported(f"{self.name}: kernels take one struct, not ({self.parameters.strip()})")
         self.parameter, self.parameter_bytes = found[0][0], int(found[0][1])
-        self.dynamic_shared = dynamic_shared  # its symbol
         self.labels: dict[str, int] = {}
         self.slots: dict[str, int] = {}  # of the machine, by register
         self.widths: dict[str, int] = {}  # bytes of a register by its name without the number; 0: a predicate
 
     @functools.cached_property
-    def instructions(self) -> list[Instruction]:
-        result: list[Instruction] = []
+    def statements(self) -> list[tuple[int, str]]:
+        """Instructions as they stand there, with their lines; registers of inner scopes have names of their own."""
+        result: list[tuple[int, str]] = []
+        scopes: list[dict[str, str]] = []
         position, line = 0, self.line
-        while position < len(self.body):
-            found = STATEMENT.match(self.body, position)
-            if found is None:
-                raise Unsupported(f"{self.name}, line {line}: {self.body[position : position + 80]!r}")
+        for found in STATEMENT.finditer(self.body):
+            if found.start() != position:
+                break
             if label := found["label"]:
                 self.labels[label] = len(result)
+            elif brace := found["brace"]:
+                scopes = [*scopes, {}] if brace == "{" else scopes[:-1]
             elif statement := found["statement"]:
                 if statement.startswith("."):
-                    self.declare(statement)
+                    self.declare(statement, scopes)
                 else:
-                    result.append(instruction(statement, line))
-            line += self.body.count("\n", position, found.end())
+                    leading = self.body.count("\n", position, found.start("statement"))
+                    result.append((line + leading, renamed(statement, scopes)))
+            line += found[0].count("\n")
             position = found.end()
+        if position != len(self.body):
+            raise Unsupported(f"{self.name}, line {line}: {self.body[position : position + 80]!r}")
         return result
+
+    @functools.cached_property
+    def instructions(self) -> list[Instruction]:
+        return [parse_instruction(statement, line) for line, statement in self.statements]
 
     @functools.cached_property
     def steps(self) -> list:
         """What the machine makes of the instructions, each when it first gets there."""
-        return [None] * len(self.instructions)
+        return [None] * len(self.statements)
 
-    def declare(self, statement: str) -> None:
+    def declare(self, statement: str, scopes: list[dict[str, str]]) -> None:
         if found := REGISTERS.fullmatch(statement):
             kind, names = found.groups()
             for name in names.split(","):
                 base = re.sub(r"<\d+>$", "", name.strip())
+                if scopes:
+                    scopes[-1][base] = base = f"{base}_{len(self.widths)}"
                 self.widths[base] = 0 if kind == "pred" else int(kind[1:]) // 8
         elif not statement.startswith(IGNORED):
             raise Unsupported(f"{self.name}: {statement}")
@@ -88,7 +105,13 @@ class Kernel:
         raise Unsupported(f"{self.name}: {register} is no register")
 
 
-def instruction(statement: str, line: int) -> Instruction:
+def renamed(statement: str, scopes: list[dict[str, str]]) -> str:
+    for scope in reversed(scopes):
+        statement = re.sub(r"%?\w+", lambda found, scope=scope: scope.get(found[0], found[0]), statement)
+    return statement
+
+
+def parse_instruction(statement: str, line: int) -> Instruction:
     text = " ".join(statement.split())
     guard = GUARD.match(text)
     opcode, _, operands = text[guard.end() if guard else 0 :].partition(" ")

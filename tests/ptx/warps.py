@@ -97,11 +97,12 @@ def shuffle(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
         whole(machine, active)
         together(machine, active)
         given = np.broadcast_to(read(machine), machine.count)
-        by = number(machine).astype(np.int64)
-        if ((by < 0) | (by > 31)).any():
-            raise Fault("a shuffle beyond the warp", 0)
+        by = np.broadcast_to(number(machine), machine.count).astype(np.int64)
+        beyond = by > 31 if active is None else active & (by > 31)
+        if beyond.any():
+            raise Fault("a shuffle beyond the warp", np.flatnonzero(beyond)[0])
         lane = machine.lane.astype(np.int64)
-        from_lane = lane ^ by if found[1] == "bfly" else by
+        from_lane = (lane ^ by if found[1] == "bfly" else by) & 31
         value = given[np.arange(machine.count) - lane + from_lane]
         for write, fixed in writers:
             write(machine, value if fixed is None else fixed, active)
