@@ -183,6 +183,7 @@ COMPUTED = {
         np.abs(x) > 1, np.copysign(np.finfo(np.float32).max, x), x * np.finfo(np.float32).max
     ),
     "ex2.approx.ftz.f32 %r6, %r4;": np.exp2,
+    "rcp.approx.ftz.f32 %r6, %r4;": lambda x: 1 / x,
     "max.f32 %r6, %r4, 0f7FC00000;": lambda x: x,
     "setp.gtu.f32 %p1, %r4, 0f00000000; selp.b32 %r6, 0f3F800000, 0f00000000, %p1;": lambda x: (x > 0).astype(np.float32),
     "cvt.rn.bf16x2.f32 %r7, %r4, %r4; and.b32 %r6, %r7, -65536;": lambda x: (
@@ -250,6 +251,20 @@ def matrix_program(trans: bool, part: int) -> str:
     mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%r24, %r25, %r26, %r27}}, {{%r14, %r15, %r16, %r17}},
         {{%r18, %r19}}, {{%r30, %r30, %r30, %r30}};
     mov.b32 %r6, %r{24 + part};"""
+
+
+TF32 = """mov.b32 %r7, 0; mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r10, %r11, %r12, %r13}, {%r4, %r7, %r7, %r4},
+    {%r4, %r7}, {%r7, %r7, %r7, %r7}; mov.b32 %r6, %r10;"""
+
+
+def test_product_of_tf32_numbers():
+    given = np.random.default_rng(3).standard_normal(128).astype(np.float32)
+    with pytest.raises(Finding, match="no TF32 number"):
+        run(TF32, given)
+    rounded = (given.view(np.uint32) & 0xFFFFE000).view(np.float32)
+    numbers = rounded.reshape(4, 8, 4).astype(np.float64)  # rows 0 to 7, columns 0 to 3; of the right factor the transpose
+    expected = (numbers @ numbers.transpose(0, 2, 1))[:, :, ::2].reshape(-1)
+    np.testing.assert_allclose(run(TF32, rounded)[0].view(np.float32), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_counts_of_a_loop_with_products():

@@ -130,6 +130,11 @@ def flush(x: Value) -> Value:
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
+@opcode(r"rcp\.approx\.ftz\.f32")
+def reciprocal(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
+    return elementwise(kernel, instruction, ["f32"], lambda x: flush(np.float32(1) / flush(x)))
+
+
 @opcode(r"ex2\.approx\.ftz\.f32")
 def exp2(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
     return elementwise(kernel, instruction, ["f32"], lambda x: flush(np.exp2(flush(x))))

@@ -7,6 +7,7 @@ What was made is kept under the hash of all it was made from. No ptxas runs: the
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import os
@@ -17,7 +18,8 @@ import tempfile
 from cuda_emulator.build import CUDA, run_then_rename, traps_for_missing, with_includes
 
 HERE = pathlib.Path(__file__).parent
-ARCHS = (80, 90)
+# Which instantiations are compiled for which architecture: float16 differs from bfloat16 in the names of two instructions.
+ARCHS = {80: ("bf16", "bias_workspace", "plain"), 90: ("",)}
 
 
 def cache() -> pathlib.Path:
@@ -38,23 +40,31 @@ def digest(*parts: bytes) -> str:
     return result.hexdigest()[:20]
 
 
+def archs_of(source: pathlib.Path) -> list[int]:
+    return [arch for arch, names in ARCHS.items() if any(name in source.name for name in names)]
+
+
 def compile_one(source: pathlib.Path) -> pathlib.Path:
-    """A folder with object.o and, of a .cu file, the PTX of every architecture, NN.ptx."""
+    """A folder with object.o and, of a .cu file, the PTX of its architectures, NN.ptx."""
+    archs = archs_of(source)
+    codes = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
+    options = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-O0,-w", *codes]
     contents = with_includes(source.resolve(), CUDA.resolve(), {})
-    target = cache() / f"{source.stem}_{digest(*contents.values())}"
+    target = cache() / f"{source.stem}_{digest(' '.join(options).encode(), *contents.values())}"
     if not target.exists():
-        partial = target.with_name(f"{os.getpid()}_{target.name}")
-        partial.mkdir(exist_ok=True)
-        codes = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
-        options = ["-std=c++20", "-O3", f"-I{CUDA}", "-Xcompiler=-fPIC,-O0,-w", "--keep", f"--keep-dir={partial}"]
-        command = ["nvcc", *options, *codes, "-c", str(source), "-o", str(partial / "object.o")]
-        subprocess.run(command, check=True, capture_output=True)
-        for path in partial.iterdir():
-            if path.suffix == ".ptx":
-                path.rename(partial / f"{path.stem.rsplit('_', 1)[1]}.ptx")
-            elif path.name != "object.o":
-                path.unlink()
-        partial.rename(target)
+        with tempfile.TemporaryDirectory(dir=cache()) as folder:
+            partial = pathlib.Path(folder)
+            command = ["nvcc", *options, f"-I{CUDA}", "--keep", f"--keep-dir={partial}", "-c", str(source)]
+            subprocess.run([*command, "-o", str(partial / "object.o")], check=True)
+            made = partial / "made"
+            made.mkdir()
+            (partial / "object.o").rename(made / "object.o")
+            for arch in archs:  # nvcc names the architecture where there are several
+                for name in (f"{source.stem}.compute_{arch}.ptx", f"{source.stem}.ptx"):
+                    if (partial / name).exists():
+                        (partial / name).rename(made / f"{arch}.ptx")
+            with contextlib.suppress(OSError):  # another process may have been as fast
+                made.rename(target)
     return target
 
 

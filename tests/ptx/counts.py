@@ -90,7 +90,7 @@ def main_loop(kernel: Kernel) -> np.ndarray:
 
 
 def executed(kernel: Kernel, issued: np.ndarray, warps: int) -> Executed:
-    """`issued`: by the warps of a launch, for each instruction."""
+    """`issued`: by all warps of a launch, for each instruction."""
     loop = main_loop(kernel)
     before = reached(reverse(successors(kernel)), list(np.flatnonzero(loop))) & ~loop
     parts = (before, loop, ~before & ~loop)

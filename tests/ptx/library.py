@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import pathlib
 import subprocess
 import types
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from cuda_emulator import kernels
@@ -21,6 +23,12 @@ from .parser import Kernel
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_size_t)
 ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a block may ask for
+
+
+class Launch(NamedTuple):
+    kernel: Kernel
+    warps: int
+    issued: np.ndarray  # how often a warp issued each instruction
 
 
 def demangled(names: Iterable[str]) -> str:
@@ -38,7 +46,7 @@ class Library:
         self.kernels: dict[int, dict[str, Kernel]] = {
             arch: {n: k for path in paths for n, k in parser.parse(path.read_text()).items()} for arch, paths in ptx.items()
         }
-        self.launched: dict[str, list[Machine]] = {}  # of the last call
+        self.launched: list[Launch] = []  # of the last call
         self.shared_bytes = 0
         self.memory = GlobalMemory()
         self.error: BaseException | None = None
@@ -62,7 +70,7 @@ class Library:
         return self.call(problem, arch, True, bool(d_gate_is_float))
 
     def emulator_launched(self) -> bytes:
-        return demangled(self.launched).encode()
+        return demangled(launch.kernel.name for launch in self.launched).encode()
 
     def emulator_tiles(self) -> bytes:
         return b""
@@ -73,7 +81,7 @@ class Library:
 
     def call(self, problem, arch: int, backward: bool, d_gate_is_float: bool) -> bytes:
         scratch: list[np.ndarray] = []
-        self.launched, self.error = {}, None
+        self.launched, self.error = [], None
 
         def allocate(size: int) -> int:
             scratch.append(np.full(size + 256, 0xFF, np.uint8))  # garbage, like recycled device memory
@@ -90,6 +98,8 @@ class Library:
                 return 1
             return 0
 
+        collects = gc.isenabled()
+        gc.disable()  # what instructions become are objects by the hundred thousand, none of them garbage
         try:
             message = self.host.ptx_run(
                 problem,
@@ -102,6 +112,8 @@ class Library:
             )
         finally:
             self.memory = GlobalMemory()
+            if collects:
+                gc.enable()
         if self.error is not None:
             raise self.error
         return message
@@ -110,8 +122,10 @@ class Library:
         raw = ctypes.string_at(parameters, kernel.parameter_bytes)
         self.memory.next_launch()
         together = max(1, MOST_THREADS // threads)
-        machines = self.launched.setdefault(kernel.name, [])
+        issued = np.zeros(len(kernel.statements), np.int64)
         for first in range(0, blocks, together):
             span = range(first, min(first + together, blocks))
-            machines.append(Machine(kernel, raw, span, threads, shared, self.memory))
-            machines[-1].run()
+            machine = Machine(kernel, raw, span, threads, shared, self.memory)
+            machine.run()
+            issued += machine.issued
+        self.launched.append(Launch(kernel, blocks * threads // 32, issued))

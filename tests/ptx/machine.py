@@ -26,6 +26,14 @@ MOST_INSTRUCTIONS = 1_000_000  # of the threads together; the longest test takes
 BARRIER = re.compile(r"bar(?:rier)?(?:\.cta)?\.(?:sync|red\.(and|or)\.pred)(?:\.aligned)?")
 
 
+class Vote(NamedTuple):
+    """At a barrier."""
+
+    unanimous: bool
+    read: Read
+    write: Callable  # of the result
+
+
 class Step(NamedTuple):
     instruction: Instruction
     guard: int  # a register; -1: none
@@ -33,7 +41,7 @@ class Step(NamedTuple):
     run: Run | None  # None: the machine's own
     control: str = ""  # bra, ret, bar
     target: int = 0
-    vote: tuple[str, Read, object] | None = None  # and or or, what is voted, where the result goes
+    vote: Vote | None = None
 
 
 def compile_step(kernel: Kernel, counter: int) -> Step:
@@ -49,7 +57,7 @@ def compile_step(kernel: Kernel, counter: int) -> Step:
         operands = list(instruction.operands)
         vote = None
         if found[1]:
-            vote = (found[1], reader(kernel, operands.pop(), "pred"), writer(kernel, operands.pop(0)))
+            vote = Vote(found[1] == "and", reader(kernel, operands.pop(), "pred"), writer(kernel, operands.pop(0)))
         if operands != ["0"]:
             raise Unsupported(f"{kernel.name}, line {instruction.line}: {instruction.text}")
         return Step(*fields, None, "bar", vote=vote)
@@ -132,7 +140,7 @@ class Machine:
             try:
                 active = self.guarded(step, mask)
                 if step.run is not None:
-                    if active is None or active.any():
+                    if step.guard < 0 or active is None or active.any():
                         step.run(self, active)
                     counter += 1
                     continue
@@ -186,25 +194,25 @@ class Machine:
         """Everyone waits or is done."""
         arrived, self.arrived = self.arrived, []
         self.find_races(self.shared.sync_block)
-        self.count_votes([(step, which) for step, which in arrived if step.vote])
+        self.count_votes([(step.vote, which) for step, which in arrived if step.vote])
         waits = self.counters == WAITS
         kind = np.zeros(self.count, np.int8)
         for step, which in arrived:
-            kind[which] = 0 if step.vote is None else 1 + (step.vote[0] == "and")
+            kind[which] = 0 if step.vote is None else 1 + step.vote.unanimous
         kinds = np.ma.masked_array(kind, ~waits).reshape(-1, self.size)
         if (kinds.min(1) != kinds.max(1)).any():
             self.report(Fault("threads of a block wait at barriers of different kinds", 0), arrived[0][0].instruction)
         self.counters[waits] = self.resume[waits]
 
-    def count_votes(self, arrived: list[tuple[Step, np.ndarray]]) -> None:
+    def count_votes(self, arrived: list[tuple[Vote, np.ndarray]]) -> None:
         """The threads of a block may stand at barriers in different places of the code."""
-        given = {"and": np.ones(self.count, bool), "or": np.zeros(self.count, bool)}
-        for step, which in arrived:
-            given[step.vote[0]] = np.where(which, step.vote[1](self), given[step.vote[0]])
-        for step, which in arrived:
-            blocks = given[step.vote[0]].reshape(-1, self.size)
-            result = blocks.all(1) if step.vote[0] == "and" else blocks.any(1)
-            step.vote[2](self, np.repeat(result, self.size), which)
+        given = {True: np.ones(self.count, bool), False: np.zeros(self.count, bool)}
+        for vote, which in arrived:
+            given[vote.unanimous] = np.where(which, vote.read(self), given[vote.unanimous])
+        for vote, which in arrived:
+            blocks = given[vote.unanimous].reshape(-1, self.size)
+            result = blocks.all(1) if vote.unanimous else blocks.any(1)
+            vote.write(self, np.repeat(result, self.size), which)
 
     def count_issued(self, start: int, end: int, warps: int) -> None:
         self.issued[start:end] += warps

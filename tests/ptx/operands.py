@@ -82,6 +82,13 @@ SPECIAL = {"%tid.x": "thread", "%ctaid.x": "block", "%ntid.x": "block_size", "%l
 
 
 def reader(kernel: Kernel, text: str, kind: str) -> Read:
+    """The operand as a value of this type."""
+    if (text, kind) not in kernel.readers:
+        kernel.readers[text, kind] = make_reader(kernel, text, kind)
+    return kernel.readers[text, kind]
+
+
+def make_reader(kernel: Kernel, text: str, kind: str) -> Read:
     dtype = TYPES[kind]
     if text in SPECIAL:
         return lambda machine: getattr(machine, SPECIAL[text]).astype(dtype)

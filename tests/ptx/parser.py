@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
 STATEMENT = re.compile(
     r"""\s*(?: //[^\n]* | (?P<brace>[{}])      # scopes; the braces of operands are inside a statement
@@ -50,6 +51,7 @@ class Kernel:
         self.parameter, self.parameter_bytes = found[0][0], int(found[0][1])
         self.labels: dict[str, int] = {}
         self.slots: dict[str, int] = {}  # of the machine, by register
+        self.readers: dict[tuple[str, str], Callable] = {}  # what reads an operand as a type
         self.widths: dict[str, int] = {}  # bytes of a register by its name without the number; 0: a predicate
 
     @functools.cached_property

@@ -167,6 +167,18 @@ def read_all(machine, reads) -> np.ndarray:
     return result
 
 
+def read_accumulators(machine, reads) -> np.ndarray:
+    """[warps, 16, 8]"""
+    halves = read_all(machine, reads).reshape(2, 2, -1, 8, 4)  # row half, column of the pair, warp, lane / 4, lane % 4
+    return halves.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8)
+
+
+def write_accumulators(machine, active, writers, result: np.ndarray) -> None:
+    halves = result.astype(np.float32).reshape(-1, 2, 8, 4, 2)
+    for write, value in zip(writers, halves.transpose(1, 4, 0, 2, 3).reshape(4, -1), strict=True):
+        write(machine, value, active)
+
+
 @opcode(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.\1\.f32")
 def multiply(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
     """Exact products, summed in float64 and rounded once; the order and the rounding of a GPU are not documented."""
@@ -181,13 +193,32 @@ def multiply(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
         # Indices of a word: (column half, row half), warp, lane / 4, lane % 4; then the half of the word.
         left = read_all(machine, a).view(np.uint16).reshape(2, 2, -1, 8, 4, 2)
         right = read_all(machine, b).view(np.uint16).reshape(2, -1, 8, 4, 2)
-        added = read_all(machine, c).reshape(2, 2, -1, 8, 4)  # row half, column of the pair
         left = to_float(left.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 16), found[1])
         right = to_float(right.transpose(1, 0, 3, 4, 2).reshape(-1, 16, 8), found[1])
-        added = added.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8)
-        result = (left @ right + added).astype(np.float32)
-        result = result.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
-        for write, value in zip(writers, result, strict=True):
-            write(machine, value, active)
+        write_accumulators(machine, active, writers, left @ right + read_accumulators(machine, c))
+
+    return run
+
+
+@opcode(r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32")
+def multiply_tf32(kernel: Kernel, instruction: Instruction, found: re.Match) -> Run:
+    """As multiply(). What the lower bits of an operand do is not documented: there must be none."""
+    d, a, b, c = (vector(text) for text in instruction.operands)
+    if [len(x) for x in (d, a, b, c)] != [4, 4, 2, 4]:
+        raise Unsupported(f"line {instruction.line}: {instruction.text}")
+    a, b, c = ([reader(kernel, name, "f32") for name in names] for names in (a, b, c))
+    writers = [writer(kernel, name) for name in d]
+
+    def run(machine, active) -> None:
+        whole_warps(machine, active)
+        left, right = read_all(machine, a), read_all(machine, b)
+        for operand in (left, right):
+            low = ((operand.view(np.uint32) & np.uint32(0x1FFF)) != 0) & ~np.isnan(operand)
+            if (low := low.any(0) if active is None else low.any(0) & active).any():
+                raise Fault("an operand that is no TF32 number", np.flatnonzero(low)[0])
+        # Indices: column half, row half, warp, lane / 4, lane % 4.
+        left = left.reshape(2, 2, -1, 8, 4).transpose(2, 1, 3, 0, 4).reshape(-1, 16, 8).astype(np.float64)
+        right = right.reshape(2, -1, 8, 4).transpose(1, 0, 3, 2).reshape(-1, 8, 8).astype(np.float64)
+        write_accumulators(machine, active, writers, left @ right + read_accumulators(machine, c))
 
     return run
