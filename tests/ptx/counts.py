@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How many instructions a warp executes before, in and after the main loop: the innermost loops with matrix products."""
+"""How many instructions a warp executes before, in and after the main loop: the innermost loops with matrix products.
+
+PYTHONPATH=tests python -m ptx.counts     prints a table; needs nvcc, compiles for a minute when run for the first time
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from cuda_emulator import harness
+from inputs import draw
 
 from .parser import Kernel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Executed(NamedTuple):
@@ -95,3 +103,35 @@ def executed(kernel: Kernel, issued: np.ndarray, warps: int) -> Executed:
     before = reached(reverse(successors(kernel)), list(np.flatnonzero(loop))) & ~loop
     parts = (before, loop, ~before & ~loop)
     return Executed(*(float(issued[part].sum() / warps) for part in parts))
+
+
+def of_call(library, dtype: str, head_dim: int, keys: int) -> dict[str, Executed]:
+    """By kernel, of the forward and the backward of a call: 12 batch rows that share a bias, as many queries, nothing masked,
+    a gate. Kernels without a main loop are left out."""
+    bias = (1, 1, keys, keys)
+    sizes = {"batch": (12,), "heads": 1, "q": keys, "k": keys, "d": head_dim, "bias": bias, "mask": None}
+    inputs = draw(seed=1, dtype=DTYPES[dtype], lse=False, **sizes)
+    saved = harness.forward(library, *inputs.tensors)
+    launched = list(library.launched)
+    harness.backward(library, saved, inputs.grad_out, None, *inputs.tensors)
+    names = {mangled: kernel.variant for kernel, mangled in library.variants(90).items()}
+    counts = {names[x.kernel.name]: executed(x.kernel, x.issued, x.warps) for x in [*launched, *library.launched]}
+    return {name: parts for name, parts in counts.items() if parts.loop}
+
+
+def main() -> None:
+    from . import build, library
+
+    dims, keys = (16, 32), 256
+    interpreter = library.Library(*build.build((*(f"_bf16_{d}.cu" for d in dims), "bias_workspace.cu")))
+    print(f"instructions of PTX that a warp executes at Q = K = {keys}, bf16, sm_90\n")
+    print("| kernel | head_dim | before the loop | in the loop | after the loop | share around the loop |")
+    print("|---|---|---|---|---|---|")
+    for head_dim in dims:
+        for name, parts in of_call(interpreter, "bf16", head_dim, keys).items():
+            figures = " | ".join(f"{x:.0f}" for x in parts)
+            print(f"| {name} | {head_dim} | {figures} | {100 * parts.around:.0f} % |")
+
+
+if __name__ == "__main__":
+    main()
