@@ -106,8 +106,8 @@ def executed(kernel: Kernel, issued: np.ndarray, warps: int) -> Executed:
 
 
 def of_call(library, dtype: str, head_dim: int, keys: int) -> dict[str, Executed]:
-    """By kernel, of the forward and the backward of a call: 12 batch rows that share a bias, as many queries, nothing masked,
-    a gate. Kernels without a main loop are left out."""
+    """By kernel, of the forward and the backward of a call: 12 batch rows that share a bias, as many queries as keys, a
+    gate, nothing masked. Kernels without a main loop are left out."""
     bias = (1, 1, keys, keys)
     sizes = {"batch": (12,), "heads": 1, "q": keys, "k": keys, "d": head_dim, "bias": bias, "mask": None}
     inputs = draw(seed=1, dtype=DTYPES[dtype], lse=False, **sizes)
