@@ -208,49 +208,32 @@ def test_fused_multiply_add_rounds_once():
     assert (run(above, tiny)[0].view(np.float32) == ONE_MORE).all()
 
 
-def test_matrix_product_and_layouts():
-    """A product of a stored matrix with its transpose: both kinds of ldmatrix, both operands, and the accumulators."""
-    numbers = np.random.default_rng(2).standard_normal((2, 16, 16)).astype(np.float16)
-    words = numbers.reshape(2, -1).view(np.uint32)  # of a block: 128
-    given = np.zeros((BLOCKS, THREADS), np.uint32)
-    for trans, column in ((False, 5), (True, 9)):
-        result = np.zeros((2, 16, 8), np.float32)
-        for part in range(4):  # an accumulator at a time
-            body = matrix_program(trans, part)
-            stored = []
-            for block in range(2):
-                given[:] = words[block, :64]
-                upper = words[block, 64:]
-                stored.append(
-                    run(body.replace("UPPER", " ".join(upper_words(upper))), given.reshape(-1))[0].reshape(2, 64)[0, :32]
-                )
-            row, pair = np.arange(32) // 4 + 8 * (part // 2), np.arange(32) % 4 * 2 + part % 2
-            for block in range(2):
-                result[block, row, pair] = stored[block].view(np.float32)
-        right = numbers[:, :, :8] if trans else numbers[:, :8].transpose(0, 2, 1)
-        np.testing.assert_allclose(result, numbers.astype(np.float64) @ right.astype(np.float64), rtol=1e-5, atol=1e-5)
-        assert abs(result[0, 3, column % 8]) > 0
+# Lane l gives row l % 16 and column half l / 16 of A, a matrix of 16 rows of 32 bytes in shared memory, at %r11; of B those
+# of the 8x8 matrices that make its upper eight rows transposed, or its left eight columns, at %r21.
+PLACES = """and.b32 %r10, %r1, 15; shl.b32 %r11, %r10, 5; and.b32 %r12, %r1, 16; add.s32 %r11, %r11, %r12;"""
+UPPER_ROWS = """and.b32 %r20, %r1, 7; shl.b32 %r21, %r20, 5; shr.u32 %r22, %r1, 3; and.b32 %r22, %r22, 1;
+    shl.b32 %r22, %r22, 4; add.s32 %r21, %r21, %r22;"""
+LEFT_COLUMNS = "and.b32 %r20, %r1, 15; shl.b32 %r21, %r20, 5;"
+PRODUCT = """
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r14, %r15, %r16, %r17}, [%r11+4096];
+    ldmatrix.sync.aligned.m8n8.x2TRANS.shared.b16 {%r18, %r19}, [%r21+4096]; mov.b32 %r30, 0;
+    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r24, %r25, %r26, %r27}, {%r14, %r15, %r16, %r17}, {%r18, %r19},
+        {%r30, %r30, %r30, %r30};"""
 
 
-def upper_words(words: np.ndarray) -> list[str]:
-    """Stores the second half of a matrix, word for word, by thread 0."""
-    return [f"@%p1 st.shared.b32 [{4096 + 256 + 4 * i}], {int(w)};" for i, w in enumerate(words)]
-
-
-def matrix_program(trans: bool, part: int) -> str:
-    """Rows of 32 bytes; lane l gives row l % 16 and column half l / 16 of A, for B those that make it k by 8."""
-    b = "and.b32 %r20, %r1, 15; shl.b32 %r21, %r20, 5;" if trans else (
-        "and.b32 %r20, %r1, 7; shl.b32 %r21, %r20, 5; shr.u32 %r22, %r1, 3; and.b32 %r22, %r22, 1;"
-        "shl.b32 %r22, %r22, 4; add.s32 %r21, %r21, %r22;"
-    )  # fmt: skip
-    return f"""setp.eq.u32 %p1, %r1, 0; st.shared.b32 [%r5], %r4; UPPER bar.sync 0; and.b32 %r10, %r1, 15;
-    shl.b32 %r11, %r10, 5; and.b32 %r12, %r1, 16; add.s32 %r11, %r11, %r12; {b}
-    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r14, %r15, %r16, %r17}}, [%r11+4096];
-    ldmatrix.sync.aligned.m8n8.x2{".trans" if trans else ""}.shared.b16 {{%r18, %r19}}, [%r21+4096];
-    mov.b32 %r30, 0;
-    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%r24, %r25, %r26, %r27}}, {{%r14, %r15, %r16, %r17}},
-        {{%r18, %r19}}, {{%r30, %r30, %r30, %r30}};
-    mov.b32 %r6, %r{24 + part};"""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrix_product_and_layouts(transposed):
+    """Of a matrix with a part of itself, transposed or not, so that operands or rows and columns that are mixed up show."""
+    matrix = np.random.default_rng(2).standard_normal((16, 16)).astype(np.float16)
+    words = matrix.reshape(-1).view(np.uint32)
+    stores = " ".join(f"@%p1 st.shared.b32 [{4096 + 4 * i}], {word};" for i, word in enumerate(words))
+    loads = (LEFT_COLUMNS if transposed else UPPER_ROWS) + PRODUCT.replace("TRANS", ".trans" if transposed else "")
+    result, lane = np.zeros((16, 8), np.float32), np.arange(32)
+    for part in range(4):  # an accumulator at a time
+        body = f"setp.eq.u32 %p1, %r1, 0; {stores} bar.sync 0; {PLACES} {loads} mov.b32 %r6, %r{24 + part};"
+        result[lane // 4 + 8 * (part // 2), lane % 4 * 2 + part % 2] = run(body)[0][:32].view(np.float32)
+    right = matrix[:, :8] if transposed else matrix[:8].T
+    np.testing.assert_allclose(result, matrix.astype(np.float64) @ right.astype(np.float64), rtol=1e-5, atol=1e-5)
 
 
 TF32 = """mov.b32 %r7, 0; mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r10, %r11, %r12, %r13}, {%r4, %r7, %r7, %r4},

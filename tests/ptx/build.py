@@ -19,7 +19,7 @@ from cuda_emulator.build import CUDA, run_then_rename, traps_for_missing, with_i
 
 HERE = pathlib.Path(__file__).parent
 # Which instantiations are compiled for which architecture: float16 differs from bfloat16 in the names of two instructions.
-ARCHS = {80: ("bf16", "bias_workspace", "plain"), 90: ("",)}
+ARCHS = {80: ("bf16", "fp32_16", "bias_workspace", "plain"), 90: ("",)}
 
 
 def cache() -> pathlib.Path:
