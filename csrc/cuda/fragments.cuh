@@ -51,10 +51,8 @@ TGA_DEVICE uint32_t load_pair(const uint16_t* row, int col, int cols, bool pairs
   return word;
 }
 
-// Stores two values as columns `col` and `col` + 1.
-template <DType kType>
-TGA_DEVICE void store_pair(uint16_t* row, int col, int cols, bool pairs_aligned, float x, float y) {
-  const uint32_t word = dev::pack<kType>(x, y);
+// Stores the two values of a word as columns `col` and `col` + 1.
+TGA_DEVICE void store_word(uint16_t* row, int col, int cols, bool pairs_aligned, uint32_t word) {
   if (pairs_aligned && col + 1 < cols) {
     dev::store_global<uint32_t>(row + col, word);
     return;
@@ -65,6 +63,11 @@ TGA_DEVICE void store_pair(uint16_t* row, int col, int cols, bool pairs_aligned,
   if (col + 1 < cols) {
     dev::store_global<uint16_t>(row + col + 1, static_cast<uint16_t>(word >> 16));
   }
+}
+
+template <DType kType>
+TGA_DEVICE void store_pair(uint16_t* row, int col, int cols, bool pairs_aligned, float x, float y) {
+  store_word(row, col, cols, pairs_aligned, dev::pack<kType>(x, y));
 }
 
 // A 16 x head_dim tile as the A operand of kSteps products, straight from global memory: it is read once, so shared memory

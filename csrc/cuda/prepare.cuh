@@ -18,27 +18,31 @@ struct PrepareShape {
   static constexpr int kRowsPerBlock = kPrepareThreads / kLanes;
 };
 
-TGA_DEVICE uint32_t load_grad_pair(const uint16_t* row, int64_t col_stride, int col, int cols, bool pairs_aligned) {
-  if (col_stride == 1) {
-    return load_pair(row, col, cols, pairs_aligned);
+// Columns `col` to `col` + 7 of a row of grad_out, whose last dimension may have any stride.
+TGA_DEVICE Word4 load_grad_chunk(const BackwardParams& p, const uint16_t* row, int col) {
+  if (p.grad_out.col == 1) {
+    return load_chunk<false>(row, col, p.value_dim, p.grad_pairs_aligned);
   }
-  const uint32_t low = col < cols ? dev::load_global<uint16_t>(row + col * col_stride) : 0;
-  const uint32_t high = col + 1 < cols ? dev::load_global<uint16_t>(row + (col + 1) * col_stride) : 0;
-  return low | high << 16;
+  const auto value = [&](int i) -> uint32_t {
+    return col + i < p.value_dim ? dev::load_global<uint16_t>(row + (col + i) * p.grad_out.col) : 0;
+  };
+  const auto pair = [&](int i) { return value(i) | value(i + 1) << 16; };
+  return {pair(0), pair(2), pair(4), pair(6)};
 }
 
+// Columns `col` to `col` + 7 of a row of dGate, which begins at element `row`.
 template <DType kType>
-TGA_DEVICE void store_gate_grad(const BackwardParams& p, int64_t at, int col, float x, float y) {
-  if (p.d_gate_is_float) {
-    float* row = static_cast<float*>(p.d_gate.data) + at;
-    if (col < p.value_dim) {
-      dev::store_global(row + col, x);
+TGA_DEVICE void store_gate_grad(const BackwardParams& p, int64_t row, int col, const float (&x)[8]) {
+  if (!p.d_gate_is_float) {
+    store_chunk<false>(static_cast<uint16_t*>(p.d_gate.data) + row, col, p.value_dim, p.aligned, pack_chunk<kType>(x));
+    return;
+  }
+  float* const at = static_cast<float*>(p.d_gate.data) + row + col;
+  TGA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (col + i < p.value_dim) {
+      dev::store_global(at + i, x[i]);
     }
-    if (col + 1 < p.value_dim) {
-      dev::store_global(row + col + 1, y);
-    }
-  } else {
-    store_pair<kType>(static_cast<uint16_t*>(p.d_gate.data) + at, col, p.value_dim, p.aligned, x, y);
   }
 }
 
@@ -72,41 +76,41 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   }
 
   float delta = 0.0f, head_gate_grad = 0.0f;
-  if (exists) {
+  if (exists && first_col < kHeadDim) {
     const auto row_of = [&](const Operand& o) {
       return static_cast<const uint16_t*>(o.data) + o.offset(slab, batch_row, head) + query * o.row;
     };
-    uint16_t* const core = p.core_grad + place * kHeadDim;
+    const bool has_grad = real && p.grad_out.data != nullptr, has_gate = has_grad && p.gate.data != nullptr;
+    Word4 grad_words = {}, out_words = {}, gate_words = {};
+    if (has_grad) {
+      grad_words = load_grad_chunk(p, row_of(p.grad_out), first_col);
+      out_words = load_chunk<false>(row_of(p.out), first_col, p.value_dim, p.aligned);
+    }
+    if (has_gate) {
+      gate_words = load_gates<false>(row_of(p.gate), p.gate.col, first_col, p.value_dim, p.aligned);
+    }
+    float grad[8], y[8], logit[8], gate_grad[8], core[8];
+    unpack_chunk<kType>(grad, grad_words);
+    unpack_chunk<kType>(y, out_words);
+    unpack_chunk<kType>(logit, gate_words);
+    GateFactor gate[8];
     TGA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int col = first_col + 2 * i;
-      if (col >= kHeadDim) {
-        continue;
-      }
-      Float2 grad = {0.0f, 0.0f}, gate = {1.0f, 1.0f}, y = {0.0f, 0.0f};
-      if (real && p.grad_out.data != nullptr) {
-        grad =
-            dev::unpack<kType>(load_grad_pair(row_of(p.grad_out), p.grad_out.col, col, p.value_dim, p.grad_pairs_aligned));
-        y = dev::unpack<kType>(load_pair(row_of(p.out), col, p.value_dim, p.aligned));
-        if (p.gate.data != nullptr) {
-          const Float2 logit = load_gate<kType>(row_of(p.gate), p.gate.col, col, p.value_dim, p.aligned);
-          gate = {sigmoid(logit.x), sigmoid(logit.y)};
-        }
-        const Float2 gate_grad = {grad.x * y.x * (1.0f - gate.x), grad.y * y.y * (1.0f - gate.y)};
-        head_gate_grad += gate_grad.x + gate_grad.y;
-        if (p.d_gate.data != nullptr && p.d_gate.col != 0) {
-          store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, col, gate_grad.x,
-                                 gate_grad.y);
-        }
-      } else if (real && p.d_gate.data != nullptr && p.d_gate.col != 0) {
-        store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, col, 0.0f, 0.0f);
-      }
-      const uint32_t rounded = dev::pack<kType>(grad.x * gate.x * normaliser, grad.y * gate.y * normaliser);
-      dev::store_global(core + col, rounded);
-      // dP - delta comes from the rounded dO on both sides: its rounding then moves dP of all keys, but not their mean.
-      const Float2 core_grad = dev::unpack<kType>(rounded);
-      delta +=
-          (gate.x == 0.0f ? 0.0f : core_grad.x * (y.x / gate.x)) + (gate.y == 0.0f ? 0.0f : core_grad.y * (y.y / gate.y));
+    for (int i = 0; i < 8; ++i) {
+      gate[i] = has_gate ? gate_factor(logit[i]) : GateFactor{1.0f, 1.0f};
+      gate_grad[i] = grad[i] * y[i] * (1.0f - gate[i].open);
+      head_gate_grad += gate_grad[i];
+      core[i] = grad[i] * gate[i].open * normaliser;
+    }
+    if (real && p.d_gate.data != nullptr && p.d_gate.col != 0) {
+      store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, first_col, gate_grad);
+    }
+    const Word4 rounded = pack_chunk<kType>(core);
+    dev::store_global(p.core_grad + place * kHeadDim + first_col, rounded);
+    // dP - delta comes from the rounded dO on both sides: its rounding then moves dP of all keys, but not their mean.
+    unpack_chunk<kType>(core, rounded);
+    TGA_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      delta += gate[i].open == 0.0f ? 0.0f : core[i] * (y[i] * gate[i].inverse);
     }
   }
   TGA_UNROLL
