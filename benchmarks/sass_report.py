@@ -136,8 +136,8 @@ def broken_budgets(rows: list[Row]) -> list[str]:
     for row in rows:
         where = f"{row.arch} {row.dtype} {row.label}"
         spills = row.kernel.stack or row.kernel.count(*LOCAL)
-        # Positions cost the backward a few registers that it does not have; how many bytes is in docs/decisions.
-        few = row.label.startswith("backward") and row.kernel.stack <= BUDGETS["backward_stack_bytes"]
+        # Above head_dim 32 positions cost the backward a few registers that it does not have; see docs/decisions.
+        few = row.name.startswith("backward") and row.head_dim > 32 and row.kernel.stack <= BUDGETS["backward_stack_bytes"]
         if spills and not few and row.head_dim <= BUDGETS["spill_free_up_to_head_dim"]:
             broken.append(f"{where}: {row.kernel.stack} bytes of stack, {row.kernel.count(*LOCAL)} local accesses")
         if atomics := row.kernel.count(*ATOMICS):

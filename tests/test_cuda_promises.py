@@ -113,6 +113,17 @@ def test_low_logits(column, place):
     column(calls, every_dtype=place == "rows", without=NO_BIAS)
 
 
+@pytest.mark.parametrize("bias_dtype", [BF16, FP32])
+def test_low_logits_by_a_bias_that_all_queries_share(library, bias_dtype):
+    judge = Judge()
+    with as_cpu_kernels(Operator(library)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for q, value in ((Q, -1e9), (200, -1e6), (1, -1e9)):
+            inputs = draw(seed=1, dtype=BF16, batch=(3,), q=q, k=K, d=8, bias=(3, 1, 1, K), bias_dtype=bias_dtype)
+            low.compare(judge, f"{bias_dtype} {q} {value:g}", low.make_of_keys(inputs, value))
+    judge.verdict()
+
+
 def test_low_products(column):
     """Rows pushed down by the product of query and key alone."""
 
@@ -204,6 +215,9 @@ def test_gates(column):
         for gate in (None, "head", (2, 1, 1), (3, 1, 33, 8), ()):
             judge.compare(f"{way.name} {dtype} {gate}", way.draw(dtype, gate=gate, q=33, k=34))
         inputs = way.draw(dtype, q=33, k=34)
+        wider = torch.empty(*inputs.gate.shape[:-1], 10, dtype=dtype)
+        wider[..., 2:] = inputs.gate
+        judge.compare(f"{way.name} {dtype} rows aligned to pairs", inputs.replace(gate=wider[..., 2:]))
         inputs.gate[..., ::3, :] = -math.inf
         judge.compare(f"{way.name} {dtype} closed", inputs)
         judge.verdict()

@@ -31,10 +31,11 @@ class QueryRing {
   TGA_DEVICE void begin(const BackwardParams& p, const uint16_t* query, int64_t entry, int first, bool exists) {
     row_ = first + copy_.row;
     query_ = reinterpret_cast<const char*>(query + row_ * p.query.row + copy_.chunk * 8);
-    grad_ = reinterpret_cast<const char*>(p.core_grad + (entry * p.q_padded + row_) * T::kHeadDim + copy_.chunk * 8);
-    terms_ = reinterpret_cast<const char*>(p.row_terms + (entry * p.q_padded + first + thread_) * 4);
+    grad_ = reinterpret_cast<const char*>(core_grad_of(p, entry, T::kHeadDim) + row_ * T::kHeadDim + copy_.chunk * 8);
+    terms_ = reinterpret_cast<const char*>(row_terms_of(p, entry) + (first + thread_) * 4);
+    terms_left_ = exists ? p.q_even - first : 0;
     write_ = read_ = base_;
-    end_ = exists ? p.q_len : 0;
+    end_ = exists && query_bytes_ > 0 ? p.q_len : 0;
   }
 
   TGA_DEVICE void copy_tile(const BackwardParams& p) {
@@ -46,16 +47,17 @@ class QueryRing {
       }
       const uint32_t at = write_ + copy_.shared_offset + pass * kStep * T::kRowBytes;
       copy_chunk<!T::kGeneral>(at, query_ + row_offset<T::kGeneral>(pass * kStep, p.query.row),
-                               row_ + pass * kStep < end_ ? query_bytes_ : 0, p.aligned);
-      dev::copy_async(at + T::kTileBytes, grad_ + pass * kStep * T::kHeadDim * 2, true);
+                               row_ + pass * kStep < end_ ? T::kGeneral ? query_bytes_ : 16 : 0, p.aligned);
+      dev::copy_async(at + T::kTileBytes, grad_ + pass * kStep * T::kHeadDim * 2, row_ + pass * kStep < p.q_len);
     }
     if (thread_ < T::kBlock) {
-      dev::copy_async(write_ + 2 * T::kTileBytes + thread_ * 16, terms_, true);
+      dev::copy_async(write_ + 2 * T::kTileBytes + thread_ * 16, terms_, thread_ < terms_left_);
     }
     row_ += T::kBlock;
     query_ += row_offset<T::kGeneral>(T::kBlock, p.query.row);
     grad_ += T::kBlock * T::kHeadDim * 2;
     terms_ += kTermBytes;
+    terms_left_ -= T::kBlock;
     advance(write_);
   }
 
@@ -86,7 +88,7 @@ class QueryRing {
   const uint32_t base_;
   const int query_bytes_;
   uint32_t write_ = 0, read_ = 0;
-  int row_ = 0, end_ = 0;
+  int row_ = 0, end_ = 0, terms_left_ = 0;
   const char *query_ = nullptr, *grad_ = nullptr, *terms_ = nullptr;
 };
 
@@ -103,10 +105,10 @@ TGA_DEVICE void add_mean_rows(float (&d_value)[T::kRowTiles][T::kCols][4], const
   const Lane lane = this_lane();
   float sum[T::kCols][2] = {};
   for (int query = lane.row; query < p.q_len; query += 8) {
-    if (load_row_terms(p.row_terms + entry * p.q_padded * 4, query).shift != INFINITY) {
+    if (load_row_terms(p, row_terms_of(p, entry), query).shift != INFINITY) {
       continue;
     }
-    const uint16_t* row = p.core_grad + (entry * p.q_padded + query) * T::kHeadDim + lane.pair * 2;
+    const uint16_t* row = core_grad_of(p, entry, T::kHeadDim) + query * T::kHeadDim + lane.pair * 2;
     TGA_UNROLL
     for (int n = 0; n < T::kCols; ++n) {
       const Float2 v = dev::unpack<T::kType>(dev::load_global<uint32_t>(row + n * 8));

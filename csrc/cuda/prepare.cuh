@@ -52,11 +52,11 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   using Shape = PrepareShape<kHeadDim>;
   int64_t index = (p.first_block + dev::block_index()) * Shape::kRowsPerBlock + dev::thread_index() / Shape::kLanes;
   const int first_col = dev::thread_index() % Shape::kLanes * 8;
-  const int64_t total = p.batch.slabs * p.batch.rows * p.heads * p.q_padded;
+  const int64_t total = p.batch.slabs * p.batch.rows * p.heads * p.q_even;
   const bool exists = index < total;
   const int64_t place = exists ? index : 0;
-  const int query = static_cast<int>(place % p.q_padded);
-  const int64_t entry = place / p.q_padded;  // (slab, batch row, head)
+  const int query = static_cast<int>(place % p.q_even);
+  const int64_t entry = place / p.q_even;  // (slab, batch row, head)
   const int head = static_cast<int>(entry % p.heads);
   const int64_t batch_row = entry / p.heads % p.batch.rows;
   const SlabIndex slab = slab_index(p.batch, entry / p.heads / p.batch.rows);
@@ -150,7 +150,7 @@ transpose_bias_kernel(TGA_PARAMS BackwardParams p) {
   constexpr int kTiles = kFloat ? 1 : 2;  // 8-wide column tiles to a fragment
   const int64_t index = (p.first_block + dev::block_index()) * kPrepareThreads + dev::thread_index();
   const Lane lane = this_lane();
-  const int query_tiles = p.q_padded / (8 * kTiles), key_tiles = p.k_padded / 16;
+  const int query_tiles = p.bias_queries / (8 * kTiles), key_tiles = p.k_padded / 16;
   const int64_t fragment = index / 32;
   const int query = static_cast<int>(fragment % query_tiles) * 8 * kTiles + lane.pair * 2;
   const int key = static_cast<int>(fragment / query_tiles % key_tiles) * 16 + lane.row;

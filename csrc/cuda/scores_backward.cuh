@@ -17,11 +17,20 @@ TGA_DEVICE int64_t scratch_entry(const BackwardParams& p, int64_t slab, int64_t 
   return (slab * p.batch.rows + batch_row) * p.heads + head;
 }
 
-// Shift of a query and -delta, from row_terms of its entry.
+// dO and terms of the first query of an entry.
+TGA_DEVICE const uint16_t* core_grad_of(const BackwardParams& p, int64_t entry, int head_dim) {
+  return p.core_grad + entry * p.q_even * head_dim;
+}
+TGA_DEVICE const float* row_terms_of(const BackwardParams& p, int64_t entry) { return p.row_terms + entry * p.q_even * 4; }
+
+// Shift of a query and -delta, from row_terms of its entry; past the end those of a row that attends to nothing.
 struct RowTerms {
   float shift, negative_delta;
 };
-TGA_DEVICE RowTerms load_row_terms(const float* terms, int query) {
+TGA_DEVICE RowTerms load_row_terms(const BackwardParams& p, const float* terms, int query) {
+  if (query >= p.q_len) {
+    return {INFINITY, 0.0f};
+  }
   const float* pair = terms + query / 2 * 8 + query % 2;
   return {dev::load_global<float>(pair + 4), dev::load_global<float>(pair)};
 }
@@ -62,9 +71,9 @@ struct PartialFragments {
   TGA_DEVICE PartialFragments(const BackwardParams& p, int64_t slab, int64_t chunk, int head) {
     const int64_t outer = slab / p.batch.slabs_per_outer, outers = p.batch.slabs / p.batch.slabs_per_outer;
     const int64_t part = slab % p.batch.slabs_per_outer * p.chunks + chunk;
-    const int64_t plane = static_cast<int64_t>(p.q_padded) * p.k_padded;
+    const int64_t plane = static_cast<int64_t>(p.partial_queries) * p.partial_keys;
     base = p.partial + ((part * outers + outer) * p.heads + head) * plane + this_lane().index * 4;
-    query_tile_stride = static_cast<int64_t>(p.k_padded / 8) * 128;
+    query_tile_stride = static_cast<int64_t>(p.partial_keys / 8) * 128;
   }
   TGA_DEVICE float* at(int query, int key) const { return base + query / 16 * query_tile_stride + key / 8 * 128; }
 };
@@ -74,7 +83,9 @@ template <DType kType>
 TGA_DEVICE void store_bias_grad(const BackwardParams& p, const PartialFragments& partial, int64_t direct_offset, int query,
                                 int key, const Float4& sum) {
   if (!p.d_bias_direct) {
-    dev::store_global(partial.at(query, key), sum);
+    if (query < p.partial_queries && key < p.partial_keys) {
+      dev::store_global(partial.at(query, key), sum);
+    }
     return;
   }
   const Lane lane = this_lane();
