@@ -69,6 +69,7 @@ WAYS = [
     Way("odd number of keys", changes=(("k", K + 1),)),
     Way("odd, float32 bias", bias_dtype=FP32, changes=(("k", K + 1),)),
     Way("bias of keys", bias="keys"),
+    Way("float32 bias of keys", bias="keys", bias_dtype=FP32),
     Way("large scale", changes=(("scale", 1.5),)),
     Way("head_dim 12", changes=(("d", 12),)),
     Way("float32", dtypes=(FP32,)),
@@ -103,13 +104,15 @@ def drawn(**changes: Any) -> Callable[[Way, torch.dtype, str], list[str]]:
 
 def low_rows(way: Way, dtype: torch.dtype, device: str) -> list[str]:
     """Rows that the bias pushes down as a whole."""
-    if way.bias not in ("shared", "own"):
+    if way.bias is None:
         raise NotApplicable
     judge = Judge()
     inputs = way.draw(dtype, device)
     for value in (-1e9, -3e4):
         if value > torch.finfo(inputs.bias.dtype).min:
-            low.compare(judge, f"{value:g}", low.make(inputs, slice(3, 9), None, value))
+            keys = way.bias == "keys"
+            case = low.make_of_keys(inputs, value) if keys else low.make(inputs, slice(3, 9), None, value)
+            low.compare(judge, f"{value:g}", case)
     return judge.failures
 
 

@@ -116,6 +116,26 @@ class Kernel:
         inner = [(first, body) for first, body in found if not any(b < body for _, b in found)]
         return [Loop([self.code[n] for n in sorted(body)], self.least(first, body, after)) for first, body in inner]
 
+    def around(self, loops: list[Loop]) -> tuple[int, int]:
+        """Instructions before and after these loops, outside of them: on some way to one of them, and on none. All that a
+        branch may skip is counted, subroutines are not."""
+        after = self.after()
+        place = {i.address: n for n, i in enumerate(self.code)}
+        inside = {place[i.address] for loop in loops for i in loop.code}
+        leads_there = set(inside)
+        before: list[list[int]] = [[] for _ in self.code]
+        reached = {0, *ways(0, range(len(self.code)), after)}
+        for n in reached:
+            for m in after[n]:
+                before[m].append(n)
+        pending = list(inside)
+        while pending:
+            for n in before[pending.pop()]:
+                if n not in leads_there:
+                    leads_there.add(n)
+                    pending.append(n)
+        return len((reached & leads_there) - inside), len(reached - leads_there)
+
     def least(self, first: int, body: set[int], after: list[list[int]]) -> int:
         rounds = []
         for n in (n for n in body if self.code[n].is_exp2):
@@ -202,6 +222,28 @@ def cost(loop: Loop, teams: int = 1, elements: int | None = None) -> Cost | None
     products = per["hmma"] + per["wgmma"]
     least = loop.least / elements
     return Cost(per["slots"], least, products, per["exp2"], per["ldsm"], per["reductions"], per["local"], bounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiprocessor:
+    """What the blocks of one share: shared memory in KiB and warps that it holds."""
+
+    shared: int
+    warps: int
+
+
+LIMITS = {f"sm_{n}": Multiprocessor(228, 64) for n in (90, 100, 103)} | {"sm_80": Multiprocessor(164, 64)}
+LIMITS |= {f"sm_{n}": Multiprocessor(100, 48) for n in (86, 89, 120, 121)}
+PARTS, PART_REGISTERS, REGISTER_UNIT = 4, 16384, 256  # of a multiprocessor; a warp gets registers by units, of one part
+BLOCK_SHARED = 1024  # bytes that the system takes for each block
+
+
+def resident_warps(arch: str, registers: int, threads: int, shared_bytes: int) -> int:
+    """Warps of a multiprocessor at a time, if there are blocks enough."""
+    limits, warps = LIMITS[arch], threads // 32
+    of_a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    room = min(PARTS * (PART_REGISTERS // of_a_warp), limits.warps)
+    return min(room // warps, limits.shared * 1024 // (shared_bytes + BLOCK_SHARED)) * warps
 
 
 def find_tool(name: str) -> str | None:

@@ -6,8 +6,9 @@ Compiles the tensor-core kernels, disassembles them with cuobjdump (of the CUDA 
 main loop of each, and prints per kernel registers, stack and, per score element and thread: issue slots, those of the
 shortest way round the loop, tensor-core instructions (m16n8k16), exponentials, ldmatrix, reductions in global memory, local
 memory, and the milliclocks that each unit of an H100 takes (issue, exponentials, tensor cores, shared memory, L2); the
-largest binds. All but the shortest way count instructions that a branch may skip. Exits with 1 when a budget of
-csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
+largest binds. All but the shortest way count instructions that a branch may skip. Besides, for every 16 rows that a warp
+stores, the instructions before its loops over scores and behind them, and the warps that a multiprocessor holds. Exits with
+1 when a budget of csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
 
     python benchmarks/sass_report.py            sm_80 and sm_90, every type and every head_dim that must not spill
     python benchmarks/sass_report.py --peers    the same, and PyTorch's memory-efficient attention and trifast
@@ -30,9 +31,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 
 import sass_peers
-from sass import ATOMICS, CLOCK, LOCAL, MULTIPROCESSORS, Cost, Kernel, cost, disassemble, find_tool
+from sass import (
+    ATOMICS,
+    CLOCK,
+    LOCAL,
+    MULTIPROCESSORS,
+    Cost,
+    Kernel,
+    cost,
+    disassemble,
+    find_tool,
+    resident_warps,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 BUDGETS = json.loads((ROOT / "budgets.json").read_text())
@@ -40,6 +53,16 @@ HEAD_DIMS = [16, 32, 48, 64]
 TYPES = ["bf16", "fp16", "fp32"]
 BUDGET_ARCH, BUDGET_DTYPE = "sm_90", "bf16"  # of the slots; spills and atomics count everywhere
 ACCESS, DTYPES = ("none", "half", "float", "general"), ("fp32", "fp64", "bf16", "fp16")  # by their numbers in the sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a launch takes, as tile_facts.cpp prints it."""
+
+    threads: int  # of a block
+    shared_bytes: int
+    row_tiles: int  # of 16 rows, that a warp stores
+    teams: int  # of a block that read the same bias
 
 
 @dataclasses.dataclass
@@ -55,21 +78,32 @@ class Row:
     shares: bool  # several batch rows share the bias of a block
     kernel: Kernel
     cost: Cost | None
+    before: float = 0  # instructions before the loops over scores, and behind them, for each row tile
+    behind: float = 0
+    warps: int = 0  # resident on a multiprocessor; 0 where it is not known
 
     @property
     def label(self) -> str:
         head_dim = f"D={self.head_dim} " if self.head_dim else ""
         return f"{self.name} {head_dim}{self.access}".rstrip() + " strip" * self.strip + " shared" * self.shares
 
-
-def teams(name: str, dtype: str, head_dim: int, access: str, strip: bool) -> int:
-    """Teams of a block that read the same bias, as tiles.h has it."""
-    if name == "backward_query":
-        return 1 if not strip else 4 if head_dim <= (16 if dtype == "fp32" else 32) else 2
-    return 2 if name == "backward_key" and access != "general" and head_dim <= 64 else 1
+    @property
+    def facts_label(self) -> str:
+        return f"{'fp32' if self.dtype == 'fp32' else 'half'} {self.label}"
 
 
-def describe(kernel: Kernel, arch: str) -> Row:
+def tile_facts(folder: str) -> dict[str, Facts]:
+    """By the types and labels of rows; those of 16 bits are alike."""
+    program, emulator = pathlib.Path(folder) / "tile_facts", ROOT.parents[1] / "tests" / "cuda_emulator"
+    source = pathlib.Path(__file__).with_name("tile_facts.cpp")
+    include = [f"-I{ROOT}", f"-I{emulator}"]
+    subprocess.run(["g++", "-std=c++20", "-w", *include, str(source), "-o", str(program)], check=True)
+    lines = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
+    split = [line.rsplit(" ", 4) for line in lines]
+    return {label: Facts(*map(int, numbers)) for label, *numbers in split}
+
+
+def describe(kernel: Kernel, arch: str, facts: Mapping[str, Facts]) -> Row:
     symbol = kernel.symbol
     name = re.search(r"cuda\d+([a-z_]+)_kernel", symbol).group(1)
     dtype = re.search(r"DTypeE(\d)", symbol)
@@ -79,17 +113,21 @@ def describe(kernel: Kernel, arch: str) -> Row:
     access = ACCESS[int(found.group(1))] if found else ""
     strip = name == "backward_query" and "Lb1E" in symbol
     shares = name == "forward" and numbers[4] > 1  # Tile<type, head_dim, bias, warps, row tiles, block, group, stages>
-    dtype = DTYPES[int(dtype[1])] if dtype else ""
-    costs = [cost(loop, teams(name, dtype, head_dim, access, strip)) for loop in kernel.loops()]
+    row = Row(arch, DTYPES[int(dtype[1])] if dtype else "", head_dim, name, access, strip, shares, kernel, None)
+    known = facts.get(row.facts_label)
+    loops = [(loop, c) for loop in kernel.loops() if (c := cost(loop, known.teams if known else 1))]
     # The main loop is the one without a mask, the cheapest.
-    best = min((c for c in costs if c), key=lambda c: c.slots, default=None)
-    return Row(arch, dtype, head_dim, name, access, strip, shares, kernel, best)
+    row.cost = min((c for _, c in loops), key=lambda c: c.slots, default=None)
+    if known:
+        row.warps = resident_warps(arch, kernel.registers, known.threads, known.shared_bytes)
+        row.before, row.behind = (n / known.row_tiles for n in kernel.around([loop for loop, _ in loops]))
+    return row
 
 
-def compile_and_read(arch: str, source: pathlib.Path, cuobjdump: str, folder: str) -> list[Row]:
+def compile_and_read(arch: str, source: pathlib.Path, cuobjdump: str, folder: str, facts: Mapping[str, Facts]) -> list[Row]:
     cubin = pathlib.Path(folder) / f"{source.stem}_{arch}.cubin"
     subprocess.run(["nvcc", "-std=c++20", "-O3", f"-arch={arch}", "-cubin", str(source), "-o", str(cubin)], check=True)
-    return [describe(kernel, arch) for kernel in disassemble(cubin, cuobjdump)]
+    return [describe(kernel, arch, facts) for kernel in disassemble(cubin, cuobjdump)]
 
 
 def instantiations(head_dims: list[int], dtypes: list[str]) -> list[pathlib.Path]:
@@ -103,14 +141,22 @@ def broken_budgets(rows: list[Row]) -> list[str]:
     for row in rows:
         where = f"{row.arch} {row.dtype} {row.label}"
         spills = row.kernel.stack or row.kernel.count(*LOCAL)
-        # Positions cost the backward a few registers that it does not have; how many bytes is in docs/decisions.
-        few = row.label.startswith("backward") and row.kernel.stack <= BUDGETS["backward_stack_bytes"]
-        few = few and not (row.dtype == "fp32" and row.head_dim <= BUDGETS["tf32_spill_free_up_to_head_dim"])
+        # Above head_dim 32 positions cost the backward a few registers that it does not have; see docs/decisions.
+        few = row.name.startswith("backward") and row.head_dim > 32 and row.kernel.stack <= BUDGETS["backward_stack_bytes"]
         if spills and not few and row.head_dim <= BUDGETS["spill_free_up_to_head_dim"]:
             broken.append(f"{where}: {row.kernel.stack} bytes of stack, {row.kernel.count(*LOCAL)} local accesses")
         if atomics := row.kernel.count(*ATOMICS):
             broken.append(f"{where}: {atomics} atomic instructions")
     counted = [r for r in rows if r.cost and (r.arch, r.dtype) == (BUDGET_ARCH, BUDGET_DTYPE)]
+    for row in counted:
+        if row.name != "forward" or str(row.head_dim) not in BUDGETS["forward_slots"] or row.access == "general":
+            continue
+        if row.behind > BUDGETS["forward_behind"]:
+            broken.append(
+                f"{row.label}: {row.behind:.0f} instructions behind a row tile, at most {BUDGETS['forward_behind']}"
+            )
+        if row.shares and row.warps < BUDGETS["forward_warps"]:
+            broken.append(f"{row.label}: {row.warps} resident warps, at least {BUDGETS['forward_warps']}")
     for access in ("half", "float"):
         for head_dim, limit in BUDGETS["forward_slots"].items():
             for row in counted:
@@ -163,6 +209,15 @@ def backward(rows: list[Row], access: str, head_dim: int) -> list[Row]:
 def backward_microseconds(rows: list[Row], access: str) -> float:
     """At 512 batch rows, queries and keys, 4 heads, head_dim 32."""
     return microseconds(backward(rows, access, 32), 512)
+
+
+def print_around(rows: list[Row]) -> None:
+    print("| kernel | before a row tile | behind it | resident warps |")
+    print("|---" * 4 + "|")
+    for row in rows:
+        if row.warps:
+            print(f"| {row.label} | {row.before:.0f} | {row.behind:.0f} | {row.warps} |")
+    print(flush=True)
 
 
 def print_rows(rows: list[tuple[str, Kernel, Cost | None]]) -> None:
@@ -218,11 +273,14 @@ def main() -> int:
     sources = instantiations(arguments.head_dims, arguments.dtypes)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         work = [(arch, source) for arch in arguments.archs for source in sources]
-        rows = [row for found in pool.map(lambda w: compile_and_read(*w, cuobjdump, folder), work) for row in found]
+        facts = tile_facts(folder)
+        rows = [row for found in pool.map(lambda w: compile_and_read(*w, cuobjdump, folder, facts), work) for row in found]
     for arch in arguments.archs:
         for dtype in arguments.dtypes:
             print(f"{arch}, {dtype}: per score element and thread; milliclocks of each unit of an H100\n")
-            print_rows([(r.label, r.kernel, r.cost) for r in rows if r.arch == arch and r.dtype in (dtype, "")])
+            of_type = [r for r in rows if r.arch == arch and r.dtype in (dtype, "")]
+            print_rows([(r.label, r.kernel, r.cost) for r in of_type])
+            print_around(of_type)
         if arguments.peers:
             print_peers(arch, cuobjdump, arguments.head_dims)
     counted = [r for r in rows if r.cost and (r.arch, r.dtype) == (BUDGET_ARCH, BUDGET_DTYPE)]

@@ -120,6 +120,32 @@ def test_low_logits(column, place):
     column(calls, every_dtype=place == "rows", without=NO_BIAS)
 
 
+BIASES = pytest.mark.parametrize(("dtype", "bias_dtype"), [(BF16, BF16), (BF16, FP32), (FP32, FP32)])
+
+
+@BIASES
+def test_low_logits_by_a_bias_that_all_queries_share(library, dtype, bias_dtype):
+    judge = Judge()
+    with as_cpu_kernels(Operator(library)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for q, value in ((Q, -1e9), (200, -1e6), (1, -1e9)):
+            inputs = draw(seed=1, dtype=dtype, batch=(3,), q=q, k=K, d=8, bias=(3, 1, 1, K), bias_dtype=bias_dtype)
+            low.compare(judge, f"{dtype} {bias_dtype} {q} {value:g}", low.make_of_keys(inputs, value))
+    judge.verdict()
+
+
+@BIASES
+@pytest.mark.parametrize("bias_queries", [1, 100])
+def test_high_logits_and_a_part_of_a_query_tile(library, dtype, bias_dtype, bias_queries):
+    """Queries past the end of the last tile, whose bias is read too, add nothing to the gradients."""
+    inputs = draw(seed=1, dtype=dtype, batch=(3,), q=100, k=K, d=8, bias=(3, 1, bias_queries, K), bias_dtype=bias_dtype)
+    judge = Judge()
+    with as_cpu_kernels(Operator(library)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        judge.compare("", inputs.replace(bias=inputs.bias + 300))
+    judge.verdict()
+
+
 def test_low_products(column):
     """Rows pushed down by the product of query and key alone."""
 
@@ -211,6 +237,9 @@ def test_gates(column):
         for gate in (None, "head", (2, 1, 1), (3, 1, 33, dict(way.changes).get("d", 8)), ()):
             judge.compare(f"{way.name} {dtype} {gate}", way.draw(dtype, gate=gate, q=33, k=34))
         inputs = way.draw(dtype, q=33, k=34)
+        wider = torch.empty(*inputs.gate.shape[:-1], inputs.gate.size(-1) + 2, dtype=dtype)
+        wider[..., 2:] = inputs.gate
+        judge.compare(f"{way.name} {dtype} rows aligned to pairs", inputs.replace(gate=wider[..., 2:]))
         inputs.gate[..., ::3, :] = -math.inf
         judge.compare(f"{way.name} {dtype} closed", inputs)
         judge.verdict()

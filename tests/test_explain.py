@@ -37,7 +37,7 @@ ON_SM_90 = [
     ({"scale": 3.0}, (), "general tensor-core", "the scale is too large to carry the bias"),
     ({"k": 23, "bias": (1, 2, 16, 23)}, (), "tensor-core", "on a copy of the bias whose rows are aligned"),
     ({"bias": (1, 2, 1, 24)}, (), "tensor-core", "shares the bias"),
-    ({"bias": (1, 2, 1, 24)}, ("query",), "general tensor-core", "the bias is the same for all queries"),
+    ({"bias": (1, 2, 1, 24)}, ("query",), "tensor-core", "shares the bias"),
     ({}, ("query", "bias"), "tensor-core", "shares the bias"),
     ({"dtype": torch.float32}, (), "tensor-core", "the float32 tensor-core kernel (three TF32 products) with bias"),
     ({"dtype": torch.float32, "bias": (1, 2, 1, 24)}, ("query",), "tensor-core", "three TF32 products"),

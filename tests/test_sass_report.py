@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -115,6 +116,7 @@ def row(modules, **changes):
     sass, report = modules
     fields = {"arch": "sm_90", "dtype": "bf16", "head_dim": 16, "name": "forward", "access": "half"}
     fields |= {"strip": False, "shares": True, "kernel": kernel(sass), "cost": cost(sass, 8, issue=0.06)}
+    fields |= {"before": 900, "behind": 800, "warps": 12}
     return report.Row(**{**fields, **changes})
 
 
@@ -130,7 +132,7 @@ def test_budgets(modules):
         "sm_90 bf16 forward D=16 half shared: 8 bytes of stack, 0 local accesses"
     ]
     assert report.broken_budgets([row(modules, kernel=kernel(sass, stack=8), head_dim=96)]) == []
-    for dtype, head_dim, broken in (("bf16", 32, 0), ("fp32", 32, 1), ("fp32", 48, 0)):
+    for dtype, head_dim, broken in (("bf16", 32, 1), ("bf16", 48, 0), ("fp32", 32, 1), ("fp32", 48, 0)):
         spilled = row(modules, dtype=dtype, head_dim=head_dim, name="backward_key", kernel=kernel(sass, stack=8), cost=None)
         assert len(report.broken_budgets([spilled])) == broken
     atomic = kernel(sass, [*LISTING, (0x1F0, None, "RED.E.ADD.F32", " [R2], R1")])
@@ -152,9 +154,74 @@ def test_budgets(modules):
         for name, strip in (("backward_query", True), ("backward_key", False))
     ]
     assert report.broken_budgets(pair) == [
-        "backward D=32 half: 23.00 issue slots per element, at most 22.5",
+        "backward D=32 half: 23.00 issue slots per element, at most 22.0",
         "backward at 512^3, half bias: 695 us, at most 600",
     ]
+
+
+def test_budgets_around_the_loops(modules):
+    _, report = modules
+    assert report.broken_budgets([row(modules, behind=901)]) == [
+        "forward D=16 half shared: 901 instructions behind a row tile, at most 900"
+    ]
+    assert report.broken_budgets([row(modules, behind=901, access="general", shares=False)]) == []
+    assert report.broken_budgets([row(modules, warps=4)]) == ["forward D=16 half shared: 4 resident warps, at least 8"]
+
+
+# Before the loop 0x0 and 0x4, behind it 0x1b0 to 0x1c0; the rare path is the loop's, 0x200 a subroutine.
+AROUND = [
+    (0x00, None, "MOV", " R1, RZ"),
+    (0x04, "P4", "BRA", " 0x1b4"),
+    *LISTING[1:-5],
+    (0x1A0, "P1", "BRA", " 0x10"),
+    (0x1B0, "P2", "BRA", " 0x1bc"),
+    (0x1B4, None, "CALL.REL.NOINC", " 0x200"),
+    (0x1B8, None, "STG.E", " [R2], R1"),
+    (0x1BC, None, "NOP", ""),
+    (0x1C0, None, "EXIT", ""),
+    *LISTING[-2:],
+    (0x200, None, "MUFU.RCP", " R1, R1"),
+    (0x204, None, "RET.REL.NODEC", " R4 0x0"),
+]
+
+
+def test_instructions_around_the_loops(modules):
+    sass, _ = modules
+    found = kernel(sass, AROUND)
+    assert found.around(found.loops()) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "threads", "shared", "warps"),
+    [
+        ("sm_90", 168, 128, 20_000, 12),  # 3 warps to each quarter of the registers
+        ("sm_90", 169, 128, 20_000, 8),  # registers come by 8
+        ("sm_90", 239, 256, 60_000, 8),
+        ("sm_90", 128, 128, 60_000, 12),  # three times 60,000 bytes and a KiB each
+        ("sm_80", 128, 128, 60_000, 8),
+        ("sm_90", 32, 128, 0, 64),
+        ("sm_86", 32, 128, 0, 48),
+        ("sm_120", 128, 128, 101_000, 4),
+        ("sm_120", 128, 128, 102_000, 0),
+    ],
+)
+def test_resident_warps(modules, arch, registers, threads, shared, warps):
+    sass, _ = modules
+    assert sass.resident_warps(arch, registers, threads, shared) == warps
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_facts_of_every_kernel_with_a_main_loop(modules, tmp_path):
+    _, report = modules
+    facts = report.tile_facts(str(tmp_path))
+    assert facts["half backward_query D=32 half strip"].teams == 4
+    assert facts["fp32 backward_query D=32 float strip"].teams == 2
+    assert facts["half forward D=16 none"].row_tiles == facts["fp32 forward D=16 none"].row_tiles == 2
+    kinds = {label.split()[1] for label in facts}
+    assert kinds == {"forward", "backward_query", "backward_key", "backward_bias"}
+    for label, fact in facts.items():
+        assert fact.threads % 32 == 0, label
+        assert 0 < fact.shared_bytes < 228 * 1024, label
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -171,6 +238,7 @@ def test_a_spill_breaks_a_budget(modules, arch, dtype):
 def test_a_broken_budget_is_the_exit_status(modules, monkeypatch, capsys):
     sass, report = modules
     monkeypatch.setattr(report, "find_tool", lambda name: name)
+    monkeypatch.setattr(report, "tile_facts", lambda folder: {})
     monkeypatch.setattr(report.shutil, "which", lambda name: name)
     for stack, status in ((0, 0), (8, 1)):
         compiled = row(modules, kernel=kernel(sass, stack=stack))
@@ -195,7 +263,7 @@ def test_a_broken_budget_is_the_exit_status(modules, monkeypatch, capsys):
 def test_kernels_are_known_by_their_symbols(modules, symbol, dtype, label):
     sass, report = modules
     symbol = f"_ZN16torch_gated_attn4cuda{symbol}NS0_14BackwardParamsE"
-    found = report.describe(sass.Kernel(symbol, 64, 0, kernel(sass).code), "sm_80")
+    found = report.describe(sass.Kernel(symbol, 64, 0, kernel(sass).code), "sm_80", {})
     assert (found.dtype, found.label) == (dtype, label)
 
 

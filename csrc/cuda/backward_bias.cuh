@@ -148,12 +148,12 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
       uint32_t query[T::kFragments][4], grad[T::kFragments][4];
       load_rows<T>(query, operand_rows<T>(p.query, slab, batch_row, head), p.query.row, first_query, p.q_len, p.head_dim,
                    !T::kGeneral || p.aligned);
-      load_rows<T>(grad, core_grad_rows<T>(p, entry, 0), T::kHeadDim, first_query, p.q_padded, T::kHeadDim, true);
+      load_rows<T>(grad, core_grad_rows<T>(p, entry, 0), T::kHeadDim, first_query, p.q_len, T::kHeadDim, true);
       if (!T::kLogits && p.scale < 0) {
         negate(query);
       }
-      const RowTerms terms[2] = {load_row_terms(p.row_terms + entry * p.q_padded * 4, first_query + lane.row),
-                                 load_row_terms(p.row_terms + entry * p.q_padded * 4, first_query + lane.row + 8)};
+      const RowTerms terms[2] = {load_row_terms(p, row_terms_of(p, entry), first_query + lane.row),
+                                 load_row_terms(p, row_terms_of(p, entry), first_query + lane.row + 8)};
       const float negative_delta[4] = {terms[0].negative_delta, terms[0].negative_delta, terms[1].negative_delta,
                                        terms[1].negative_delta};
       const GeneralBias<T::kType> general_bias(p, slab, batch_row, head);
@@ -225,12 +225,13 @@ reduce_bias_kernel(TGA_PARAMS BackwardParams p) {
   const int key = static_cast<int>(index % keys), query = static_cast<int>(index / keys % queries);
   const int head = static_cast<int>(index / keys / queries % heads);
   const int64_t outer = index / keys / queries / heads;
-  const int64_t parts = p.batch.slabs_per_outer * p.chunks, plane = static_cast<int64_t>(p.q_padded) * p.k_padded;
+  const int64_t parts = p.batch.slabs_per_outer * p.chunks,
+                plane = static_cast<int64_t>(p.partial_queries) * p.partial_keys;
   float sum = 0.0f;
   for (int h = head; h < (heads == 1 ? p.heads : head + 1); ++h) {
     for (int q = query; q < (queries == 1 ? p.q_len : query + 1); ++q) {
       for (int k = key; k < (keys == 1 ? p.k_len : key + 1); ++k) {
-        const int64_t fragment = static_cast<int64_t>(q / 16) * (p.k_padded / 8) + k / 8;
+        const int64_t fragment = static_cast<int64_t>(q / 16) * (p.partial_keys / 8) + k / 8;
         const int64_t element = fragment * 128 + (q % 8 * 4 + k % 8 / 2) * 4 + q / 8 % 2 * 2 + k % 2;
         for (int64_t part = 0; part < parts; ++part) {
           sum += dev::load_global<float>(p.partial + ((part * outers + outer) * p.heads + h) * plane + element);

@@ -33,9 +33,10 @@ class QueryRing {
     row_ = first + copy_.row;
     query_ = reinterpret_cast<const char*>(query + row_ * p.query.row + copy_.chunk * T::kChunk);
     grad_ = reinterpret_cast<const char*>(core_grad_rows<T>(p, entry, row_) + copy_.chunk * T::kChunk);
-    terms_ = reinterpret_cast<const char*>(p.row_terms + (entry * p.q_padded + first + thread_) * 4);
+    terms_ = reinterpret_cast<const char*>(row_terms_of(p, entry) + (first + thread_) * 4);
+    terms_left_ = exists ? p.q_even - first : 0;
     write_ = read_ = base_;
-    end_ = exists ? p.q_len : 0;
+    end_ = exists && query_bytes_ > 0 ? p.q_len : 0;
   }
 
   TGA_DEVICE void copy_tile(const BackwardParams& p) {
@@ -47,16 +48,23 @@ class QueryRing {
       }
       const uint32_t at = write_ + copy_.shared_offset + pass * kStep * T::kRowBytes;
       copy_chunk<!T::kGeneral>(at, query_ + row_offset<T>(pass * kStep, p.query.row),
-                               row_ + pass * kStep < end_ ? query_bytes_ : 0, p.aligned);
-      dev::copy_async(at + T::kTileBytes, grad_ + pass * kStep * kRowBytes, true);
+                               row_ + pass * kStep < end_ ? T::kGeneral ? query_bytes_ : 16 : 0, p.aligned);
+      dev::copy_async(at + T::kTileBytes, grad_ + pass * kStep * kRowBytes, row_ + pass * kStep < p.q_len);
     }
     if (thread_ < T::kBlock) {
-      dev::copy_async(write_ + 2 * T::kTileBytes + thread_ * 16, terms_, true);
+      const uint32_t at = write_ + 2 * T::kTileBytes + thread_ * 16;
+      if (thread_ < terms_left_) {
+        dev::copy_async(at, terms_, true);
+      } else {  // the shift of a row that attends to nothing: without, a bias read past the end would be an exponent
+        const float shift = thread_ % 2 == 0 ? 0.0f : INFINITY;
+        dev::store_shared(at, Float4{shift, shift, 0.0f, 0.0f});
+      }
     }
     row_ += T::kBlock;
     query_ += row_offset<T>(T::kBlock, p.query.row);
     grad_ += T::kBlock * kRowBytes;
     terms_ += kTermBytes;
+    terms_left_ -= T::kBlock;
     advance(write_);
   }
 
@@ -87,7 +95,7 @@ class QueryRing {
   const uint32_t base_;
   const int query_bytes_;
   uint32_t write_ = 0, read_ = 0;
-  int row_ = 0, end_ = 0;
+  int row_ = 0, end_ = 0, terms_left_ = 0;
   const char *query_ = nullptr, *grad_ = nullptr, *terms_ = nullptr;
 };
 
@@ -104,7 +112,7 @@ TGA_DEVICE void add_mean_rows(float (&d_value)[T::kRowTiles][T::kCols][4], const
   const Lane lane = this_lane();
   float sum[T::kCols][2] = {};
   for (int query = lane.row; query < p.q_len; query += 8) {
-    if (load_row_terms(p.row_terms + entry * p.q_padded * 4, query).shift != INFINITY) {
+    if (load_row_terms(p, row_terms_of(p, entry), query).shift != INFINITY) {
       continue;
     }
     const typename T::Element* row = core_grad_rows<T>(p, entry, query);

@@ -83,7 +83,7 @@ void launch_backward_bias(const BackwardParams& p, BiasAccess access, void* stre
 template <DType kType, int kHeadDim>
 void launch_prepare_rows(const BackwardParams& p, void* stream) {
   constexpr int kRows = PrepareShape<kHeadDim>::kRowsPerBlock;
-  const int64_t rows = p.batch.slabs * p.batch.rows * p.heads * p.q_padded;
+  const int64_t rows = p.batch.slabs * p.batch.rows * p.heads * p.q_even;
   dev::launch(prepare_rows_kernel<kType, kHeadDim>, p, (rows + kRows - 1) / kRows, kPrepareThreads, 0, stream,
               "the backward kernel for the rows");
 }

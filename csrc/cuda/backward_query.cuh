@@ -45,19 +45,19 @@ struct QueryState {
   TGA_DEVICE void load(const BackwardParams& p, const SlabIndex& slab, int64_t slab_number, int64_t batch_row, int head,
                        int first_query, bool exists) {
     const int64_t entry = scratch_entry(p, slab_number, exists ? batch_row : 0, head);
-    const float* terms = p.row_terms + entry * p.q_padded * 4;
+    const float* terms = row_terms_of(p, entry);
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       const int first = first_query + m * 16;
       load_rows<T>(query[m], operand_rows<T>(p.query, slab, batch_row, head), p.query.row, first, exists ? p.q_len : 0,
                    p.head_dim, !T::kGeneral || p.aligned);
-      load_rows<T>(grad[m], core_grad_rows<T>(p, entry, 0), T::kHeadDim, first, exists ? p.q_padded : 0, T::kHeadDim, true);
+      load_rows<T>(grad[m], core_grad_rows<T>(p, entry, 0), T::kHeadDim, first, exists ? p.q_len : 0, T::kHeadDim, true);
       if (!T::kLogits && p.scale < 0) {
         negate(query[m]);
       }
       TGA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const RowTerms row = load_row_terms(terms, first + this_lane().row + 8 * i);
+        const RowTerms row = load_row_terms(p, terms, first + this_lane().row + 8 * i);
         shift[m][i] = exists ? row.shift : INFINITY;
         negative_delta[m][2 * i] = negative_delta[m][2 * i + 1] = exists ? row.negative_delta : 0.0f;
       }
@@ -155,15 +155,19 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
   using Block = QueryBlock<T>;
   constexpr int kRowsAtOnce = T::kTeams * T::kGroup;
   const Lane lane = this_lane();
-  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads, warp = thread / 32;
+  const int team = dev::thread_index() / T::kThreads, thread = dev::thread_index() % T::kThreads;
   const float factor = score_factor<T>(p);
 
   const uint32_t ring_base = dev::shared_base() + Block::kRing;
   typename Block::Plan plan(dev::shared_base());
   typename Block::Ring ring(p, thread, ring_base + team * Block::Ring::kStageBytes, Block::kStageBytes);
   const int strip_tiles = (p.k_len + T::kBlock - 1) / T::kBlock * T::kSubtiles;
-  const uint32_t strip =
-      ring_base + T::kStages * Block::kStageBytes + warp * T::kRowTiles * strip_tiles * 512 + lane.index * 16;
+  // Of a thread of the block: worked out anew for the stores at the end, as the place is.
+  const auto strip_of = [&](int index) {
+    return dev::shared_base() + Block::kRing + T::kStages * Block::kStageBytes +
+           index % T::kThreads / 32 * T::kRowTiles * strip_tiles * 512 + index % 32 * 16;
+  };
+  const uint32_t strip = strip_of(dev::thread_index());
   if (T::kStrip && team == 0) {
     for (int n = 0; n < T::kRowTiles * strip_tiles; ++n) {
       dev::store_shared(strip + n * 512, Float4{0.0f, 0.0f, 0.0f, 0.0f});
@@ -396,10 +400,11 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
     const QueryPlace place = query_place<T>(p);
     const PartialFragments partial(p, place.slab_number, place.chunk, place.head);
     const int64_t direct = p.d_bias.offset(place.slab, 0, place.head);
-    for (int n = team; n < T::kRowTiles * strip_tiles; n += T::kTeams) {
+    const int self = dev::opaque(dev::thread_index());
+    for (int n = self / T::kThreads; n < T::kRowTiles * strip_tiles; n += T::kTeams) {
       const int m = n / strip_tiles, key = n % strip_tiles * 8;
       store_bias_grad<T::kType>(p, partial, direct, place.first_query + m * 16, key,
-                                dev::load_shared<Float4>(strip + n * 512));
+                                dev::load_shared<Float4>(strip_of(self) + n * 512));
     }
   }
 }

@@ -147,6 +147,12 @@ TGA_DEVICE float log2(float x) { return ::log2f(x); }
 TGA_DEVICE double log2(double x) { return ::log2(x); }
 TGA_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 TGA_DEVICE double reciprocal(double x) { return 1.0 / x; }
+// Off by at most one unit in the last place, exact for powers of two; flushes denormal numbers.
+TGA_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // A product rounded by itself: never fused with an addition, so that every kernel gets the same number.
 TGA_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 // Rounds toward zero: a finite product never becomes infinite, an infinite factor stays infinite.
@@ -269,6 +275,9 @@ TGA_DEVICE void store_shared(uint32_t address, float v) {
 }
 TGA_DEVICE void store_shared(uint32_t address, double v) {
   asm volatile("st.shared.f64 [%0], %1;" ::"r"(address), "d"(v) : "memory");
+}
+TGA_DEVICE void store_shared(uint32_t address, Float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 TGA_DEVICE void store_shared(uint32_t address, Float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)

@@ -8,22 +8,10 @@
 #pragma once
 
 #include "bias.cuh"
-#include "gate.cuh"
+#include "forward_store.cuh"
 #include "key_value_ring.cuh"
-#include "softmax.cuh"
 
 namespace torch_gated_attn::cuda {
-
-template <class T>
-struct ForwardBlock {
-  using Plan = TilePlan<T::kGroup, T::kBlock, T::kThreads>;
-  using Ring = KeyValueRing<T, Plan, 1, T::kThreads>;
-  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;
-  using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kFragments, T::kThreads, T::kStationaryInShared>;
-  static constexpr uint32_t kRingBytes = Ring::kBytes + Ring::Pointers::kBytes;
-  static constexpr uint32_t kPairs = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;  // come last
-  static constexpr uint32_t kSharedBytes = kPairs + T::kWarps * Pairs::kWarpBytes;
-};
 
 // What a block works on.
 struct ForwardPlace {
@@ -35,8 +23,7 @@ struct ForwardPlace {
 
 template <class T>
 TGA_DEVICE ForwardPlace forward_place(const AttentionParams& p) {
-  // Worked out anew for the stores, hence opaque: kept, it would fill a dozen registers through the main loop.
-  int64_t index = p.first_block + dev::opaque(dev::block_index());
+  int64_t index = p.first_block + dev::block_index();
   const int query_tiles = (p.q_len + T::kRows - 1) / T::kRows;
   const int64_t groups = (p.batch.rows + T::kGroup - 1) / T::kGroup;
   ForwardPlace place;
@@ -51,100 +38,70 @@ TGA_DEVICE ForwardPlace forward_place(const AttentionParams& p) {
   return place;
 }
 
+// The place waits in shared memory until it is needed again: in registers it would fill a dozen through the main loop.
+template <class T>
+class KeptPlace {
+ public:
+  static constexpr uint32_t kBytes = 64;
+
+  TGA_DEVICE explicit KeptPlace(uint32_t shared) : shared_(shared) {}
+
+  // Called by the whole block, which may get() afterwards.
+  TGA_DEVICE void put(const ForwardPlace& place) const {
+    if (dev::thread_index() == 0) {
+      TGA_UNROLL
+      for (int d = 0; d < kMaxBatchDims; d += 2) {
+        store(d * 8, place.slab.at[d], place.slab.at[d + 1]);
+      }
+      store(32, place.slab_number, place.first_row);
+      store(48, place.head, place.first_query);
+    }
+    dev::sync_block();
+  }
+  TGA_DEVICE ForwardPlace get() const {
+    ForwardPlace place;
+    TGA_UNROLL
+    for (int d = 0; d < kMaxBatchDims; d += 2) {
+      load(d * 8, place.slab.at[d], place.slab.at[d + 1]);
+    }
+    load(32, place.slab_number, place.first_row);
+    int64_t head, first_query;
+    load(48, head, first_query);
+    place.head = static_cast<int>(head);
+    place.first_query = static_cast<int>(first_query) + dev::thread_index() / 32 * 16 * T::kRowTiles;
+    return place;
+  }
+
+ private:
+  TGA_DEVICE void store(uint32_t at, int64_t first, int64_t second) const {
+    dev::store_shared(shared_ + at, Word4{static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32),
+                                          static_cast<uint32_t>(second), static_cast<uint32_t>(second >> 32)});
+  }
+  TGA_DEVICE void load(uint32_t at, int64_t& first, int64_t& second) const {
+    const Word4 words = dev::load_shared<Word4>(shared_ + at);
+    first = static_cast<int64_t>(words.x | static_cast<uint64_t>(words.y) << 32);
+    second = static_cast<int64_t>(words.z | static_cast<uint64_t>(words.w) << 32);
+  }
+
+  uint32_t shared_;
+};
+
+template <class T>
+struct ForwardBlock {
+  using Plan = TilePlan<T::kGroup, T::kBlock, T::kThreads>;
+  using Ring = KeyValueRing<T, Plan, 1, T::kThreads>;
+  using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;
+  using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kFragments, T::kThreads, T::kStationaryInShared>;
+  static constexpr uint32_t kRingBytes = Ring::kBytes + Ring::Pointers::kBytes;
+  static constexpr uint32_t kPairs = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;  // come last
+  static constexpr uint32_t kPlace = kPairs + T::kWarps * Pairs::kWarpBytes;
+  static constexpr uint32_t kSharedBytes = kPlace + KeptPlace<T>::kBytes;
+};
+
 // What the block's queries attend to.
 template <class T>
 TGA_DEVICE BlockSight forward_sight(const AttentionParams& p, const ForwardPlace& place) {
   return BlockSight(p, place.slab, place.first_row, place.head, place.first_query / T::kRows * T::kRows, T::kRows);
-}
-
-// Mean of all values of one batch row and head: what a fully masked row returns under masked_rows = "mean". Columns as in
-// the accumulators; the lanes of equal `pair` share the keys.
-template <class T>
-TGA_DEVICE void mean_of_values(float (&mean)[T::kCols][2], const typename T::Element* value, const AttentionParams& p) {
-  const Lane lane = this_lane();
-  TGA_UNROLL
-  for (int n = 0; n < T::kCols; ++n) {
-    mean[n][0] = mean[n][1] = 0.0f;
-  }
-  for (int key = lane.row; key < p.k_len; key += 8) {
-    TGA_UNROLL
-    for (int n = 0; n < T::kCols; ++n) {
-      const Float2 v =
-          load_values<T::kType>(value + key * p.value.row, n * 8 + lane.pair * 2, p.value_dim, !T::kGeneral || p.aligned);
-      mean[n][0] += v.x;
-      mean[n][1] += v.y;
-    }
-  }
-  TGA_UNROLL
-  for (int n = 0; n < T::kCols; ++n) {
-    TGA_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      TGA_UNROLL
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        mean[n][e] += dev::shuffle_xor(mean[n][e], lanes);
-      }
-      mean[n][e] /= p.k_len;
-    }
-  }
-}
-
-// Divides by the sum, applies the gate, stores output, lse, shift and sum of one batch row.
-template <class T>
-TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, const ForwardPlace& place, int64_t batch_row,
-                          int first_query) {
-  using Element = typename T::Element;
-  const Lane lane = this_lane();
-  const bool pairs_aligned = !T::kGeneral || p.aligned;
-  Element* const out = static_cast<Element*>(p.out.data) + p.out.offset(place.slab, batch_row, place.head);
-  const Element* const gate =
-      p.gate.data == nullptr ? nullptr
-                             : static_cast<const Element*>(p.gate.data) + p.gate.offset(place.slab, batch_row, place.head);
-  TGA_UNROLL
-  for (int m = 0; m < T::kRowTiles; ++m) {
-    const float sums[2] = {state.total(m, 0), state.total(m, 1)};
-    const bool empty[2] = {sums[0] == 0.0f, sums[1] == 0.0f};
-    float mean[T::kCols][2];
-    const bool use_mean = p.mean_rows && dev::any(empty[0] || empty[1]);
-    if (use_mean) {
-      mean_of_values<T>(mean,
-                        static_cast<const Element*>(p.value.data) +
-                            p.value.offset(place.slab, batch_row, place.head / (p.heads / p.kv_heads)),
-                        p);
-    }
-    TGA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int query = first_query + m * 16 + lane.row + 8 * i;
-      if (query >= p.q_len) {
-        continue;
-      }
-      const float sum = sums[i], inverse = empty[i] ? 0.0f : dev::reciprocal(sum);
-      if (lane.pair == 0) {
-        const float shift = empty[i] ? 0.0f : state.shift[m][i];
-        const auto store = [&](const Operand& to, float value) {
-          dev::store_global(static_cast<float*>(to.data) + to.offset(place.slab, batch_row, place.head) + query * to.row,
-                            value);
-        };
-        store(p.lse, empty[i] ? -INFINITY : (shift + dev::log2(sum)) * kLn2);
-        store(p.row_max, shift);
-        store(p.row_sum, sum);
-      }
-      TGA_UNROLL
-      for (int n = 0; n < T::kCols; ++n) {
-        const int col = n * 8 + lane.pair * 2;
-        float x = state.acc[m][n][2 * i] * inverse, y = state.acc[m][n][2 * i + 1] * inverse;
-        if (use_mean && empty[i]) {
-          x = mean[n][0];
-          y = mean[n][1];
-        }
-        if (gate != nullptr) {
-          const Float2 g = load_gate<T::kType>(gate + query * p.gate.row, p.gate.col, col, p.value_dim, pairs_aligned);
-          x *= sigmoid(g.x);
-          y *= sigmoid(g.y);
-        }
-        store_pair<T::kType>(out + query * p.out.row, col, p.value_dim, pairs_aligned, x, y);
-      }
-    }
-  }
 }
 
 // Scores of one batch row against a key tile, in the units softmax() multiplies by its factor.
@@ -211,9 +168,11 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
                             first_query, p.q_len, 1.0f / fabsf(p.scale),
                             dev::shared_base() + Block::Plan::kBytes + Block::kRingBytes + Block::Queries::kBytes);
   const GeneralBias<T::kType> general_bias(p, place.slab, place.first_row, place.head);
-  // Worked out anew for every panel: kept, what it is made of would fill registers through the main loop.
+  // Made anew for every panel: kept, what it is made of would fill registers through the main loop.
+  const KeptPlace<T> kept(dev::shared_base() + Block::kPlace);
+  kept.put(place);
   const auto with_sight = [&](auto use) {
-    const ForwardPlace here = forward_place<T>(p);
+    const ForwardPlace here = kept.get();
     const int64_t left = p.batch.rows - here.first_row;
     return use(forward_sight<T>(p, here), left < T::kGroup ? static_cast<int>(left) : T::kGroup);
   };
@@ -306,13 +265,12 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
     }
   }
 
-  const ForwardPlace here = forward_place<T>(p);
-  TGA_UNROLL
-  for (int r = 0; r < T::kGroup; ++r) {
-    if (here.first_row + r < p.batch.rows) {
-      store_row<T>(state[r], p, here, here.first_row + r, here.first_query);
-    }
-  }
+  static_assert(ForwardStore<T>::kSharedBytes <= Block::Ring::kBytes, "the rows are handed over where the tiles were");
+  const ForwardPlace here = kept.get();
+  const int64_t left = p.batch.rows - here.first_row;
+  ForwardStore<T>::run(state, p, StorePlace<T>(p, here.slab, here.first_row, here.head),
+                       left < T::kGroup ? static_cast<int>(left) : T::kGroup, here.first_query,
+                       dev::shared_base() + Block::Plan::kBytes);
 }
 
 }  // namespace torch_gated_attn::cuda

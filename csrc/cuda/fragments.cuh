@@ -27,9 +27,8 @@ TGA_DEVICE uint32_t load_pair(const uint16_t* row, int col, int cols, bool pairs
   return word;
 }
 
-template <DType kType>
-TGA_DEVICE void store_half_pair(uint16_t* row, int col, int cols, bool pairs_aligned, float x, float y) {
-  const uint32_t word = dev::pack<kType>(x, y);
+// Stores the two values of a word as columns `col` and `col` + 1.
+TGA_DEVICE void store_word(uint16_t* row, int col, int cols, bool pairs_aligned, uint32_t word) {
   if (pairs_aligned && col + 1 < cols) {
     dev::store_global<uint32_t>(row + col, word);
     return;
@@ -57,7 +56,7 @@ TGA_DEVICE void store_pair(ElementOf<kType>* row, int col, int cols, bool pairs_
       dev::store_global(row + col + 1, y);
     }
   } else {
-    store_half_pair<kType>(row, col, cols, pairs_aligned, x, y);
+    store_word(row, col, cols, pairs_aligned, dev::pack<kType>(x, y));
   }
 }
 

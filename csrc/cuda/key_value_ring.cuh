@@ -49,18 +49,25 @@ class KeyValueRing {
 
   TGA_DEVICE void copy(const AttentionParams& p, uint32_t stage) {
     constexpr int kStep = Copy::kRowsPerPass;
+    // All or nothing of a chunk, which the bits say. Where registers are short (operands wait in shared memory, or are
+    // float32 ones) the shorter form costs the compiler more of them, up to sixteen.
+    constexpr bool kBytes16 = !T::kGeneral && !T::kStationaryInShared && !T::kTf32;
     const uint32_t to = stage + copy_.shared_offset;
+    uint32_t word = 0;
     TGA_UNROLL
     for (int pass = 0; pass < Copy::kPasses; ++pass) {
       if (!copy_.has(pass)) {
         continue;
       }
-      const uint32_t bits = dev::load_shared<uint32_t>(tile_bits_ + pass * kStep / 32 * 4) >> (pass * kStep % 32);
+      if (pass * kStep % 32 == 0) {
+        word = dev::load_shared<uint32_t>(tile_bits_ + pass * kStep / 32 * 4);
+      }
+      const uint32_t bits = word >> (pass * kStep % 32);
       const uint32_t at = to + pass * kStep * T::kRowBytes;
-      copy_chunk<!T::kGeneral>(at, tile_key_ + row_offset<T>(pass * kStep, p.key.row), (bits & key_bit_) ? key_bytes_ : 0,
-                               p.aligned);
+      copy_chunk<!T::kGeneral>(at, tile_key_ + row_offset<T>(pass * kStep, p.key.row),
+                               (bits & key_bit_) ? kBytes16 ? 16 : key_bytes_ : 0, p.aligned);
       copy_chunk<!T::kGeneral>(at + T::kTileBytes, tile_value_ + row_offset<T>(pass * kStep, p.value.row),
-                               (bits & value_bit_) ? value_bytes_ : 0, p.aligned);
+                               (bits & value_bit_) ? kBytes16 ? 16 : value_bytes_ : 0, p.aligned);
     }
   }
 

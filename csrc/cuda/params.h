@@ -71,13 +71,13 @@ struct AttentionParams {
 
 // What the kernels of the backward know besides. Everything but the gradients is scratch, written by the prepare kernels:
 //
-//   core_grad  [slabs, rows, H, q_padded, head_dim]   dO = grad_out * sigmoid(gate), zeros past the ends
-//   row_terms  [slabs, rows, H, q_padded / 2, 8]      per pair of queries: -delta twice {a, b, a, b}, then the
+//   core_grad  [slabs, rows, H, q_even, head_dim]   dO = grad_out * sigmoid(gate), zeros past the ends
+//   row_terms  [slabs, rows, H, q_even / 2, 8]      per pair of queries: -delta twice {a, b, a, b}, then the
 //              shifts {a, b} and 1 where the row is low, else 0
 //   bias_t     [outer, bias heads, key tile, query tile, fragment]   the bias as fragments of the transposed scores; not
-//   for
-//              float32 operands, whose kernels read the bias itself
-//   partial    [parts, outer, H, query tile, key tile, fragment]     sums of dBias over some of the batch rows, float32
+//              for float32 operands, whose kernels read the bias itself
+//   partial    [parts, outer, H, partial_queries / 16, partial_keys / 8, fragment]   sums of dBias over some of the batch
+//              rows, float32
 //
 // head_dim is the compiled width. A row's probability is 2^(logit - shift), shift being +inf for rows that attend nothing
 // and for rows past the end.
@@ -87,8 +87,11 @@ struct BackwardParams : AttentionParams {
   float* row_terms = nullptr;
   void* bias_t = nullptr;
   float* partial = nullptr;
-  int q_padded = 0, k_padded = 0;          // multiples of kPadding
-  int64_t rows_per_chunk = 1, chunks = 1;  // batch rows that one block walks, and pieces of a slab that makes
+  int q_even = 0;                             // q_len, or one more: rows are few where there are many batch entries
+  int bias_queries = 0, k_padded = 0;         // of bias_t: multiples of kPadding
+  bool bias_of_keys = false;                  // all queries share the bias: bias_t has one tile of them
+  int partial_queries = 0, partial_keys = 0;  // multiples of 16 and 8, a fragment
+  int64_t rows_per_chunk = 1, chunks = 1;     // batch rows that one block walks, and pieces of a slab that makes
   bool d_gate_is_float = false, d_bias_is_float = false;
   bool grad_pairs_aligned = false;
   bool d_bias_direct = false;  // one part and nothing to sum: blocks store dBias themselves
@@ -116,7 +119,7 @@ struct PlainParams : AttentionParams {
   double exact_scale = 1;
 };
 
-// Scratch rows are padded to the largest tile, so that tiles need no bounds in it.
+// The scratch of the bias is padded to the largest tile, so that tiles need no bounds in it.
 constexpr int kPadding = 128;
 
 }  // namespace torch_gated_attn::cuda

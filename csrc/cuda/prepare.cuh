@@ -18,21 +18,29 @@ struct PrepareShape {
   static constexpr int kRowsPerBlock = kPrepareThreads / kLanes;
 };
 
+// Columns `col` to `col` + 7 of a row of grad_out, whose last dimension may have any stride.
 template <DType kType>
-TGA_DEVICE Float2 load_grad(const ElementOf<kType>* row, int64_t col_stride, int col, int cols, bool pairs_aligned) {
-  if (col_stride == 1) {
-    return load_values<kType>(row, col, cols, pairs_aligned);
+TGA_DEVICE Chunk<kType> load_grad_chunk(const BackwardParams& p, const ElementOf<kType>* row, int col) {
+  if (p.grad_out.col == 1) {
+    return load_chunk<kType, false>(row, col, p.value_dim, p.grad_pairs_aligned);
   }
-  return {col < cols ? load_value<kType>(row + col * col_stride) : 0.0f,
-          col + 1 < cols ? load_value<kType>(row + (col + 1) * col_stride) : 0.0f};
+  float x[8];
+  TGA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = col + i < p.value_dim ? load_value<kType>(row + (col + i) * p.grad_out.col) : 0.0f;
+  }
+  return pack_chunk<kType>(x);
 }
 
+// Columns `col` to `col` + 7 of a row of dGate, which begins at element `row`.
 template <DType kType>
-TGA_DEVICE void store_gate_grad(const BackwardParams& p, int64_t at, int col, float x, float y) {
+TGA_DEVICE void store_gate_grad(const BackwardParams& p, int64_t row, int col, const float (&x)[8]) {
   if (p.d_gate_is_float) {
-    store_pair<DType::kFloat32>(static_cast<float*>(p.d_gate.data) + at, col, p.value_dim, false, x, y);
+    store_chunk<DType::kFloat32, false>(static_cast<float*>(p.d_gate.data) + row, col, p.value_dim, false,
+                                        pack_chunk<DType::kFloat32>(x));
   } else {
-    store_pair<kType>(static_cast<ElementOf<kType>*>(p.d_gate.data) + at, col, p.value_dim, p.aligned, x, y);
+    store_chunk<kType, false>(static_cast<ElementOf<kType>*>(p.d_gate.data) + row, col, p.value_dim, p.aligned,
+                              pack_chunk<kType>(x));
   }
 }
 
@@ -44,11 +52,11 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   constexpr bool kExact = kType == DType::kFloat32;  // dO is not rounded, and probabilities are not normalised
   int64_t index = (p.first_block + dev::block_index()) * Shape::kRowsPerBlock + dev::thread_index() / Shape::kLanes;
   const int first_col = dev::thread_index() % Shape::kLanes * 8;
-  const int64_t total = p.batch.slabs * p.batch.rows * p.heads * p.q_padded;
+  const int64_t total = p.batch.slabs * p.batch.rows * p.heads * p.q_even;
   const bool exists = index < total;
   const int64_t place = exists ? index : 0;
-  const int query = static_cast<int>(place % p.q_padded);
-  const int64_t entry = place / p.q_padded;  // (slab, batch row, head)
+  const int query = static_cast<int>(place % p.q_even);
+  const int64_t entry = place / p.q_even;  // (slab, batch row, head)
   const int head = static_cast<int>(entry % p.heads);
   const int64_t batch_row = entry / p.heads % p.batch.rows;
   const SlabIndex slab = slab_index(p.batch, entry / p.heads / p.batch.rows);
@@ -68,44 +76,48 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   }
 
   float delta = 0.0f, head_gate_grad = 0.0f;
-  if (exists) {
+  if (exists && first_col < kHeadDim) {
     const auto row_of = [&](const Operand& o) {
       return static_cast<const Element*>(o.data) + o.offset(slab, batch_row, head) + query * o.row;
     };
-    Element* const core = static_cast<Element*>(p.core_grad) + place * kHeadDim;
+    const bool has_grad = real && p.grad_out.data != nullptr, has_gate = has_grad && p.gate.data != nullptr;
+    Chunk<kType> grad_chunk = {}, out_chunk = {}, gate_chunk = {};
+    if (has_grad) {
+      grad_chunk = load_grad_chunk<kType>(p, row_of(p.grad_out), first_col);
+      out_chunk = load_chunk<kType, false>(row_of(p.out), first_col, p.value_dim, p.aligned);
+    }
+    if (has_gate) {
+      gate_chunk = load_gates<kType, false>(row_of(p.gate), p.gate.col, first_col, p.value_dim, p.aligned);
+    }
+    float grad[8], y[8], logit[8], gate_grad[8], core[8];
+    unpack_chunk<kType>(grad, grad_chunk);
+    unpack_chunk<kType>(y, out_chunk);
+    unpack_chunk<kType>(logit, gate_chunk);
+    GateFactor gate[8];
     TGA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int col = first_col + 2 * i;
-      if (col >= kHeadDim) {
-        continue;
-      }
-      Float2 grad = {0.0f, 0.0f}, gate = {1.0f, 1.0f}, y = {0.0f, 0.0f};
-      if (real && p.grad_out.data != nullptr) {
-        grad = load_grad<kType>(row_of(p.grad_out), p.grad_out.col, col, p.value_dim, p.grad_pairs_aligned);
-        y = load_values<kType>(row_of(p.out), col, p.value_dim, p.aligned);
-        if (p.gate.data != nullptr) {
-          const Float2 logit = load_gate<kType>(row_of(p.gate), p.gate.col, col, p.value_dim, p.aligned);
-          gate = {sigmoid(logit.x), sigmoid(logit.y)};
-        }
-        const Float2 gate_grad = {grad.x * y.x * (1.0f - gate.x), grad.y * y.y * (1.0f - gate.y)};
-        head_gate_grad += gate_grad.x + gate_grad.y;
-        if (p.d_gate.data != nullptr && p.d_gate.col != 0) {
-          store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, col, gate_grad.x,
-                                 gate_grad.y);
-        }
-      } else if (real && p.d_gate.data != nullptr && p.d_gate.col != 0) {
-        store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, col, 0.0f, 0.0f);
-      }
+    for (int i = 0; i < 8; ++i) {
+      gate[i] = has_gate ? gate_factor<kType>(logit[i]) : GateFactor{1.0f, 1.0f};
+      gate_grad[i] = grad[i] * y[i] * (1.0f - gate[i].open);
+      head_gate_grad += gate_grad[i];
+      core[i] = grad[i] * gate[i].open * normaliser;
+    }
+    if (real && p.d_gate.data != nullptr && p.d_gate.col != 0) {
+      store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, first_col, gate_grad);
+    }
+    const Chunk<kType> rounded = pack_chunk<kType>(core);
+    TGA_UNROLL
+    for (int i = 0; i < Chunk<kType>::kParts; ++i) {
+      dev::store_global(static_cast<Element*>(p.core_grad) + place * kHeadDim + first_col + i * Chunk<kType>::kValues,
+                        rounded.parts[i]);
+    }
+    // dP - delta comes from the rounded dO on both sides: its rounding then moves dP of all keys, but not their mean.
+    unpack_chunk<kType>(core, rounded);
+    TGA_UNROLL
+    for (int i = 0; i < 8; ++i) {
       if constexpr (kExact) {
-        dev::store_global(core + col, Float2{grad.x * gate.x * normaliser, grad.y * gate.y * normaliser});
-        delta += (grad.x * y.x + grad.y * y.y) * normaliser;
+        delta += grad[i] * y[i] * normaliser;
       } else {
-        const uint32_t rounded = dev::pack<kType>(grad.x * gate.x * normaliser, grad.y * gate.y * normaliser);
-        dev::store_global(core + col, rounded);
-        // dP - delta comes from the rounded dO on both sides: its rounding then moves dP of all keys, but not their mean.
-        const Float2 core_grad = dev::unpack<kType>(rounded);
-        delta +=
-            (gate.x == 0.0f ? 0.0f : core_grad.x * (y.x / gate.x)) + (gate.y == 0.0f ? 0.0f : core_grad.y * (y.y / gate.y));
+        delta += gate[i].open == 0.0f ? 0.0f : core[i] * (y[i] * gate[i].inverse);
       }
     }
   }
@@ -141,7 +153,7 @@ transpose_bias_kernel(TGA_PARAMS BackwardParams p) {
   constexpr int kTiles = kFloat ? 1 : 2;  // 8-wide column tiles to a fragment
   const int64_t index = (p.first_block + dev::block_index()) * kPrepareThreads + dev::thread_index();
   const Lane lane = this_lane();
-  const int query_tiles = p.q_padded / (8 * kTiles), key_tiles = p.k_padded / 16;
+  const int query_tiles = p.bias_queries / (8 * kTiles), key_tiles = p.k_padded / 16;
   const int64_t fragment = index / 32;
   const int query = static_cast<int>(fragment % query_tiles) * 8 * kTiles + lane.pair * 2;
   const int key = static_cast<int>(fragment / query_tiles % key_tiles) * 16 + lane.row;

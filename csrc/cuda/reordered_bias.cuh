@@ -25,11 +25,12 @@ template <class T>
 class BiasAlongQueries {
  public:
   TGA_DEVICE BiasAlongQueries(const BackwardParams& p, int64_t entry, int first_key, int first_query)
-      : inverse_scale_(1.0f / fabsf(p.scale)) {
+      : inverse_scale_(1.0f / fabsf(p.scale)), next_tile_(p.bias_of_keys ? 0 : T::kBlock * 16 * kElementBytes) {
+    const int first = p.bias_of_keys ? 0 : first_query;
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       data_[m] = static_cast<const char*>(p.bias_t) +
-                 ((entry * (p.k_padded / 16) + first_key / 16 + m) * p.q_padded + first_query) * (16 * kElementBytes) +
+                 ((entry * (p.k_padded / 16) + first_key / 16 + m) * p.bias_queries + first) * (16 * kElementBytes) +
                  this_lane().index * 16;
     }
   }
@@ -55,13 +56,14 @@ class BiasAlongQueries {
   TGA_DEVICE void next_tile() {
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
-      data_[m] += T::kBlock * 16 * kElementBytes;
+      data_[m] += next_tile_;
     }
   }
 
  private:
   static constexpr int kElementBytes = T::kBias == BiasAccess::kFloat ? 4 : 2;
   float inverse_scale_;
+  int next_tile_;
   const char* data_[T::kRowTiles];
 };
 
@@ -71,9 +73,9 @@ class BiasAlongKeys {
  public:
   TGA_DEVICE BiasAlongKeys(const BackwardParams& p, int64_t entry, int first_query)
       : inverse_scale_(1.0f / fabsf(p.scale)),
-        key_tile_bytes_(p.q_padded * 32),
-        data_(static_cast<const char*>(p.bias_t) + entry * p.k_padded * p.q_padded * 2 + first_query * 32 +
-              this_lane().index * 16) {}
+        key_tile_bytes_(p.bias_queries * 32),
+        data_(static_cast<const char*>(p.bias_t) + entry * p.k_padded * p.bias_queries * 2 +
+              (p.bias_of_keys ? 0 : first_query * 32) + this_lane().index * 16) {}
 
   TGA_DEVICE void begin_tile(int key) { tile_ = data_ + dev::multiply_wide(key / 16, key_tile_bytes_); }
 

@@ -18,10 +18,18 @@ int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 // small.
 constexpr int64_t kWavesOfBlocks = 4;
 
+// What the partial sums of dBias take at most, unless one chunk takes more: the L2 of no card holds as much.
+constexpr int64_t kLargestPartials = int64_t{256} << 20;
+
+// Bytes of the partial sums of one chunk.
+int64_t partial_bytes(const BackwardParams& p) {
+  return p.batch.slabs * p.heads * p.partial_queries * p.partial_keys * static_cast<int64_t>(sizeof(float));
+}
+
 // Splits the batch rows of a slab into chunks so that `blocks` blocks per chunk fill the device.
 void split_rows(BackwardParams& p, int64_t blocks, int64_t rows_at_once, const Device& device) {
-  const int64_t wanted =
-      std::max<int64_t>(1, ceil_div(device.multiprocessors * kWavesOfBlocks, std::max<int64_t>(blocks, 1)));
+  const int64_t filling = ceil_div(device.multiprocessors * kWavesOfBlocks, std::max<int64_t>(blocks, 1));
+  const int64_t wanted = std::max<int64_t>(1, std::min(filling, kLargestPartials / partial_bytes(p)));
   p.rows_per_chunk = ceil_div(ceil_div(p.batch.rows, wanted), rows_at_once) * rows_at_once;
   p.chunks = ceil_div(p.batch.rows, p.rows_per_chunk);
 }
@@ -45,8 +53,12 @@ BackwardParams make_backward_params(const Problem& problem, const Choice& choice
   p.d_bias_is_float = p.bias_is_float;
   p.d_gate_is_float = d_gate_is_float;
   p.grad_pairs_aligned = choice.grad_aligned;
-  p.q_padded = padded(p.q_len);
+  p.q_even = (p.q_len + 1) / 2 * 2;
+  p.bias_of_keys = p.bias.row == 0;
+  p.bias_queries = p.bias_of_keys ? kPadding : padded(p.q_len);
   p.k_padded = padded(p.k_len);
+  p.partial_queries = static_cast<int>(ceil_div(p.q_len, 16) * 16);
+  p.partial_keys = static_cast<int>(ceil_div(p.k_len, 8) * 8);
   return p;
 }
 
@@ -78,8 +90,8 @@ void run_backward(const Problem& problem, const Choice& choice, const Device& de
   BackwardParams p = make_backward_params(problem, choice, d_gate_is_float);
   const int64_t entries = p.batch.slabs * p.batch.rows * p.heads, outers = p.batch.slabs / p.batch.slabs_per_outer;
   const int64_t element_bytes = problem.dtype == DType::kFloat32 ? 4 : 2;
-  p.core_grad = device.allocate(entries * p.q_padded * choice.head_dim * element_bytes);
-  p.row_terms = static_cast<float*>(device.allocate(entries * p.q_padded * 4 * sizeof(float)));
+  p.core_grad = device.allocate(entries * p.q_even * choice.head_dim * element_bytes);
+  p.row_terms = static_cast<float*>(device.allocate(entries * p.q_even * 4 * sizeof(float)));
   dispatch_tensor_core(problem.dtype, choice.head_dim, [&](auto type_constant, auto dim_constant) {
     constexpr DType kType = type_constant.value;
     constexpr int kHeadDim = dim_constant.value;
@@ -92,7 +104,7 @@ void run_backward(const Problem& problem, const Choice& choice, const Device& de
     if constexpr (kType != DType::kFloat32) {
       if (access == BiasAccess::kHalf || access == BiasAccess::kFloat) {
         const int64_t planes = outers * (p.bias.head == 0 ? 1 : p.heads);
-        p.bias_t = device.allocate(planes * p.q_padded * p.k_padded * (p.bias_is_float ? 4 : 2));
+        p.bias_t = device.allocate(planes * p.bias_queries * p.k_padded * (p.bias_is_float ? 4 : 2));
         launch_transpose_bias<kType>(p, device.stream);
       }
     }
@@ -105,9 +117,7 @@ void run_backward(const Problem& problem, const Choice& choice, const Device& de
       split_rows(chunked, blocks, rows_at_once, device);
       chunked.d_bias_direct = stores_bias_directly(chunked);
       if (!chunked.d_bias_direct) {
-        const int64_t parts = chunked.batch.slabs_per_outer * chunked.chunks;
-        chunked.partial = static_cast<float*>(
-            device.allocate(parts * outers * p.heads * p.q_padded * p.k_padded * static_cast<int64_t>(sizeof(float))));
+        chunked.partial = static_cast<float*>(device.allocate(chunked.chunks * partial_bytes(p)));
       }
       launch(chunked);
       if (!chunked.d_bias_direct) {

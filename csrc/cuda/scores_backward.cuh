@@ -15,7 +15,7 @@ TGA_DEVICE const typename T::Element* operand_rows(const Operand& o, const SlabI
 // Rows of dO from `first` on, of an entry of scratch_entry().
 template <class T>
 TGA_DEVICE const typename T::Element* core_grad_rows(const BackwardParams& p, int64_t entry, int first) {
-  return static_cast<const typename T::Element*>(p.core_grad) + (entry * p.q_padded + first) * T::kHeadDim;
+  return static_cast<const typename T::Element*>(p.core_grad) + (entry * p.q_even + first) * T::kHeadDim;
 }
 
 // Index of (slab, batch row, head) in the scratch arrays.
@@ -23,11 +23,17 @@ TGA_DEVICE int64_t scratch_entry(const BackwardParams& p, int64_t slab, int64_t 
   return (slab * p.batch.rows + batch_row) * p.heads + head;
 }
 
-// Shift of a query and -delta, from row_terms of its entry.
+// Terms of the first query of an entry.
+TGA_DEVICE const float* row_terms_of(const BackwardParams& p, int64_t entry) { return p.row_terms + entry * p.q_even * 4; }
+
+// Shift of a query and -delta, from row_terms of its entry; past the end those of a row that attends to nothing.
 struct RowTerms {
   float shift, negative_delta;
 };
-TGA_DEVICE RowTerms load_row_terms(const float* terms, int query) {
+TGA_DEVICE RowTerms load_row_terms(const BackwardParams& p, const float* terms, int query) {
+  if (query >= p.q_len) {
+    return {INFINITY, 0.0f};
+  }
   const float* pair = terms + query / 2 * 8 + query % 2;
   return {dev::load_global<float>(pair + 4), dev::load_global<float>(pair)};
 }
@@ -69,9 +75,9 @@ struct PartialFragments {
   TGA_DEVICE PartialFragments(const BackwardParams& p, int64_t slab, int64_t chunk, int head) {
     const int64_t outer = slab / p.batch.slabs_per_outer, outers = p.batch.slabs / p.batch.slabs_per_outer;
     const int64_t part = slab % p.batch.slabs_per_outer * p.chunks + chunk;
-    const int64_t plane = static_cast<int64_t>(p.q_padded) * p.k_padded;
+    const int64_t plane = static_cast<int64_t>(p.partial_queries) * p.partial_keys;
     base = p.partial + ((part * outers + outer) * p.heads + head) * plane + this_lane().index * 4;
-    query_tile_stride = static_cast<int64_t>(p.k_padded / 8) * 128;
+    query_tile_stride = static_cast<int64_t>(p.partial_keys / 8) * 128;
   }
   TGA_DEVICE float* at(int query, int key) const { return base + query / 16 * query_tile_stride + key / 8 * 128; }
 };
@@ -81,7 +87,9 @@ template <DType kType>
 TGA_DEVICE void store_bias_grad(const BackwardParams& p, const PartialFragments& partial, int64_t direct_offset, int query,
                                 int key, const Float4& sum) {
   if (!p.d_bias_direct) {
-    dev::store_global(partial.at(query, key), sum);
+    if (query < p.partial_queries && key < p.partial_keys) {
+      dev::store_global(partial.at(query, key), sum);
+    }
     return;
   }
   const Lane lane = this_lane();

@@ -193,12 +193,6 @@ Choice choose_backward(const Problem& problem, int arch) {
   }
   choice.grad_aligned = problem.grad_out.data != nullptr && problem.grad_out.col == 1 &&
                         starts_aligned(problem, problem.grad_out, problem.heads, problem.q_len, 2, element_bytes(problem));
-  // The reordered copy of a bias that all queries share would be larger than the bias.
-  if (is_half(problem.dtype) && problem.bias.data != nullptr && choice.access != BiasAccess::kGeneral &&
-      problem.bias.row == 0 && problem.q_len > 1) {
-    choice.access = BiasAccess::kGeneral;
-    choice.reason = "the general tensor-core kernels: the bias is the same for all queries";
-  }
   return choice;
 }
 

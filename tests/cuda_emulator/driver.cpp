@@ -15,6 +15,7 @@ namespace {
 using namespace torch_gated_attn;
 
 std::string text;
+int64_t scratch_bytes;  // of the last backward
 
 std::string name_of(void* kernel) {
   Dl_info info = {};
@@ -92,6 +93,7 @@ const char* emulator_backward(const Problem* problem, int arch, unsigned seed, i
     emulator::Scratch scratch;
     cuda::run_backward(*problem, cuda::choose_backward(*problem, arch), emulator::emulated_device(arch, scratch),
                        d_gate_is_float != 0);
+    scratch_bytes = static_cast<int64_t>(scratch.total);
   });
 }
 
@@ -99,6 +101,8 @@ const char* emulator_explain(const Problem* problem, int arch, int backward) {
   text = (backward != 0 ? cuda::choose_backward(*problem, arch) : cuda::choose_forward(*problem, arch)).reason;
   return text.c_str();
 }
+
+int64_t emulator_scratch_bytes() { return scratch_bytes; }
 
 size_t emulator_problem_bytes() { return sizeof(Problem); }
 }

@@ -262,6 +262,19 @@ inline float log2(float x) { return ::log2f(x); }
 inline double log2(double x) { return ::log2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline double reciprocal(double x) { return 1.0 / x; }
+// As wrong as the device may be, up for some numbers and down for others.
+inline float reciprocal_approx(float x) {
+  const float nearest = 1.0f / x;
+  int exponent;
+  const float mantissa = std::frexp(x, &exponent);
+  if (std::fabs(mantissa) == 0.5f || !std::isfinite(nearest) || nearest == 0.0f) {
+    return nearest;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool above = static_cast<double>(nearest) * x > 1.0;  // the neighbour on the other side is within a unit
+  return (bits >> 3 & 1) != 0 ? nearest : std::nextafterf(nearest, above ? 0.0f : INFINITY * (x > 0 ? 1.0f : -1.0f));
+}
 
 using emulator::toward_zero;
 inline float multiply(float x, float y) { return x * y; }

@@ -28,7 +28,7 @@ EXCLUDED = -256.0  # of no weight beside logits of size 1, and exact in every ty
 class Case:
     inputs: Inputs  # without the constants
     offset: Tensor  # what the bias of the low call has besides, of the bias's shape
-    rows: Tensor  # [Q], which rows are low
+    rows: Tensor  # [Q] or [], which rows are low
     low: float  # the constant of low rows, of the bias's type
 
 
@@ -60,6 +60,16 @@ def make(inputs: Inputs, rows: slice | None, keys: slice | None, low: float) -> 
         hidden[low_rows] = False
     bias = torch.where(hidden, EXCLUDED, bias)
     return Case(inputs.replace(query=query, key=key, bias=bias), offset, low_rows, low)
+
+
+def make_of_keys(inputs: Inputs, low: float) -> Case:
+    """A bias that all queries share, [*, 1, K], pushes all keys down: an additive mask that hides them all."""
+    low = torch.tensor(low, dtype=inputs.bias.dtype).item()
+    query, key = torch.zeros_like(inputs.query), inputs.key.clone()
+    query[..., 0] = 2
+    key[..., 0] = 1
+    offset, rows = torch.full_like(inputs.bias, low), inputs.bias.new_ones((), dtype=torch.bool)
+    return Case(inputs.replace(query=query, key=key, bias=torch.zeros_like(inputs.bias)), offset, rows, low)
 
 
 def compare(judge: Judge, label: str, case: Case) -> None:

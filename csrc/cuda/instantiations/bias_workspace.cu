@@ -11,7 +11,7 @@ namespace torch_gated_attn::cuda {
 template <DType kType>
 void launch_transpose_bias(const BackwardParams& p, void* stream) {
   const int64_t bias_heads = p.bias.head == 0 ? 1 : p.heads;
-  const int64_t elements = p.batch.slabs / p.batch.slabs_per_outer * bias_heads * p.q_padded * p.k_padded;
+  const int64_t elements = p.batch.slabs / p.batch.slabs_per_outer * bias_heads * p.bias_queries * p.k_padded;
   const int64_t threads = elements / (p.bias_is_float ? 4 : 8);
   dev::launch(p.bias_is_float ? transpose_bias_kernel<kType, true> : transpose_bias_kernel<kType, false>, p,
               (threads + kPrepareThreads - 1) / kPrepareThreads, kPrepareThreads, 0, stream,
