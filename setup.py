@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Builds the extension module torch_gated_attn._C: the operator library and a few facts about its build.
 
-Environment: TORCH_GATED_ATTN_CUDA=0/1 forces the CUDA kernels off or on, TORCH_CUDA_ARCH_LIST picks their
-architectures (default: those of the devices of this machine, or 8.0 and all newer), CUDA_HOME the toolkit, MAX_JOBS the
-number of compilers at a time.
+Environment: CXX is the compiler, GCC or clang; TORCH_GATED_ATTN_CUDA=0/1 forces the CUDA kernels off or on,
+TORCH_CUDA_ARCH_LIST picks their architectures (default: those of the devices of this machine, or 8.0 and all newer),
+CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time, TORCH_GATED_ATTN_BUILD=release/profile/debug the variant,
+TORCH_GATED_ATTN_LOCAL_VERSION=1 adds PyTorch and CUDA to the version, for a wheel that others install.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,8 +22,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-LINK = ["-fopenmp", "-Wl,-z,relro,-z,now", "-Wl,-s"]
-
 NO_TORCH = (
     "torch_gated_attn is compiled against the PyTorch that will run it, but this Python cannot import torch ({error}): "
     "install torch>=2.11 first, then run `pip install --no-build-isolation .`"
@@ -30,6 +30,30 @@ NO_TORCH = (
 
 def lines(name: str) -> list[str]:
     return [line for line in (ROOT / "csrc" / name).read_text().splitlines() if line and not line.startswith("#")]
+
+
+def compiler() -> str:
+    """gcc or clang, as CXX or the c++ on the PATH says it; `c++` may be either, and so may `g++` on macOS."""
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:  # torch's own check of the compiler says what is missing
+        return "gcc"
+    return "clang" if "clang" in said else "gcc"
+
+
+def variant() -> str:
+    wish = os.environ.get("TORCH_GATED_ATTN_BUILD", "release")
+    if wish not in ("release", "profile", "debug"):
+        raise SystemExit(f"TORCH_GATED_ATTN_BUILD must be release, profile or debug, but is {wish!r}")
+    return wish
+
+
+def flags(name: str, compiler: str, variant: str, system: str = sys.platform) -> list[str]:
+    """What csrc/<name> lists for this build."""
+    true = {"always", compiler, variant, *(() if system == "darwin" else ("elf",))}
+    columns = [line.split() for line in lines(name)]
+    return [flag for conditions, flag in columns if true.issuperset(conditions.split(","))]
 
 
 def sources(*parts: str) -> list[str]:
@@ -81,13 +105,20 @@ def choose_cuda(torch_cuda: str | None, toolkit: tuple[str, str] | None) -> tupl
     return False, missing
 
 
-def extension() -> tuple[Extension, type[build_ext]]:
+def local_version(torch_version: str, cuda: str | None) -> str:
+    """+torch2.14.cu130: what a wheel runs beside; its CUDA is that of its kernels, `cpu` where it has none."""
+    minor = ".".join(torch_version.split(".")[:2])
+    return f"+torch{minor}.{'cu' + cuda.replace('.', '') if cuda else 'cpu'}"
+
+
+def extension() -> tuple[Extension, type[build_ext], str]:
     import torch
 
     toolkit = cuda_toolkit()
     with_cuda, why = choose_cuda(torch.version.cuda, toolkit)
     print(f"torch_gated_attn: CUDA kernels {'on' if with_cuda else 'off'}: {why}", file=sys.stderr)
-    cxx, nvcc = lines("compile_flags.txt"), ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+    build = compiler(), variant()
+    cxx, nvcc = flags("compile_flags.txt", *build), ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
     cxx.append(f'-DTORCH_GATED_ATTN_TORCH_VERSION="{torch.__version__}"')
     if with_cuda:
         assert toolkit is not None
@@ -99,39 +130,41 @@ def extension() -> tuple[Extension, type[build_ext]]:
 
     from torch.utils import cpp_extension
 
+    device = "cuda" if with_cuda else "cpu"
     # As system headers: their warnings are not ours.
-    cxx += [f"-isystem{path}" for path in cpp_extension.include_paths("cuda" if with_cuda else "cpu")]
+    cxx += [f"-isystem{path}" for path in cpp_extension.include_paths(device)]
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     parts = ("core", "python", "cuda") if with_cuda else ("core", "python")
     built = kind(
         "torch_gated_attn._C",
         sources(*parts),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=LINK,
+        extra_link_args=flags("link_flags.txt", *build),
     )
-    kept = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}-{'cuda' if with_cuda else 'cpu'}"
+    kept = "-".join([f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}", device, *build])
 
     class Build(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
             self.build_temp = kept  # an editable install would compile everything anew in a temporary folder
 
-    return built, Build
+    return built, Build, local_version(torch.__version__, torch.version.cuda if with_cuda else None)
 
 
-def without_torch(error: ImportError) -> tuple[Extension, type[build_ext]]:
+def without_torch(error: ImportError) -> tuple[Extension, type[build_ext], str]:
     """Lets commands that compile nothing (sdist, metadata) pass; a build ends in one sentence."""
 
     class Refuse(build_ext):
         def run(self) -> None:
             raise SystemExit(NO_TORCH.format(error=error))
 
-    return Extension("torch_gated_attn._C", sources("core", "python")), Refuse
+    return Extension("torch_gated_attn._C", sources("core", "python")), Refuse, ""
 
 
 os.chdir(ROOT)
 try:
-    module, command = extension()
+    module, command, local = extension()
 except ImportError as import_error:
-    module, command = without_torch(import_error)
-setup(ext_modules=[module], cmdclass={"build_ext": command})
+    module, command, local = without_torch(import_error)
+tagged = local if os.environ.get("TORCH_GATED_ATTN_LOCAL_VERSION") == "1" else ""
+setup(ext_modules=[module], cmdclass={"build_ext": command}, options={"egg_info": {"tag_build": tagged}})

@@ -174,7 +174,8 @@ def cost(loop: Loop, teams: int = 1, elements: int | None = None) -> Cost | None
         if i.is_exp2:
             kinds["exp2"] += 1
         elif i.base == "HMMA":
-            kinds["hmma"] += 1 if "16816" in i.opcode else 0.5
+            # m16n8k8 of TF32 takes as long as m16n8k16, of 16-bit operands half of it.
+            kinds["hmma"] += 1 if "16816" in i.opcode or "TF32" in i.opcode else 0.5
         elif wide := WGMMA.match(i.opcode):  # four warps, each 16 of the 64 rows
             kinds["wgmma"] += int(wide[1]) / 8
         elif i.base == "LDSM":

@@ -9,7 +9,7 @@ memory, and the milliclocks that each unit of an H100 takes (issue, exponentials
 largest binds. All but the shortest way count instructions that a branch may skip. Exits with 1 when a budget of
 csrc/cuda/budgets.json is broken, and says so in one line when a tool is missing.
 
-    python benchmarks/sass_report.py            sm_80 and sm_90, bfloat16 and float16, every head_dim that must not spill
+    python benchmarks/sass_report.py            sm_80 and sm_90, every type and every head_dim that must not spill
     python benchmarks/sass_report.py --peers    the same, and PyTorch's memory-efficient attention and trifast
     python benchmarks/sass_report.py --archs sm_120 --head-dims 96
     python benchmarks/sass_report.py --binary other.cubin --only 'fmha|attn'      the kernels of another library
@@ -37,6 +37,7 @@ from sass import ATOMICS, CLOCK, LOCAL, MULTIPROCESSORS, Cost, Kernel, cost, dis
 ROOT = pathlib.Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 BUDGETS = json.loads((ROOT / "budgets.json").read_text())
 HEAD_DIMS = [16, 32, 48, 64]
+TYPES = ["bf16", "fp16", "fp32"]
 BUDGET_ARCH, BUDGET_DTYPE = "sm_90", "bf16"  # of the slots; spills and atomics count everywhere
 ACCESS, DTYPES = ("none", "half", "float", "general"), ("fp32", "fp64", "bf16", "fp16")  # by their numbers in the sources
 
@@ -61,10 +62,10 @@ class Row:
         return f"{self.name} {head_dim}{self.access}".rstrip() + " strip" * self.strip + " shared" * self.shares
 
 
-def teams(name: str, head_dim: int, access: str, strip: bool) -> int:
+def teams(name: str, dtype: str, head_dim: int, access: str, strip: bool) -> int:
     """Teams of a block that read the same bias, as tiles.h has it."""
     if name == "backward_query":
-        return 1 if not strip else 4 if head_dim <= 32 else 2
+        return 1 if not strip else 4 if head_dim <= (16 if dtype == "fp32" else 32) else 2
     return 2 if name == "backward_key" and access != "general" and head_dim <= 64 else 1
 
 
@@ -78,10 +79,11 @@ def describe(kernel: Kernel, arch: str) -> Row:
     access = ACCESS[int(found.group(1))] if found else ""
     strip = name == "backward_query" and "Lb1E" in symbol
     shares = name == "forward" and numbers[4] > 1  # Tile<type, head_dim, bias, warps, row tiles, block, group, stages>
-    costs = [cost(loop, teams(name, head_dim, access, strip)) for loop in kernel.loops()]
+    dtype = DTYPES[int(dtype[1])] if dtype else ""
+    costs = [cost(loop, teams(name, dtype, head_dim, access, strip)) for loop in kernel.loops()]
     # The main loop is the one without a mask, the cheapest.
     best = min((c for c in costs if c), key=lambda c: c.slots, default=None)
-    return Row(arch, DTYPES[int(dtype[1])] if dtype else "", head_dim, name, access, strip, shares, kernel, best)
+    return Row(arch, dtype, head_dim, name, access, strip, shares, kernel, best)
 
 
 def compile_and_read(arch: str, source: pathlib.Path, cuobjdump: str, folder: str) -> list[Row]:
@@ -103,6 +105,7 @@ def broken_budgets(rows: list[Row]) -> list[str]:
         spills = row.kernel.stack or row.kernel.count(*LOCAL)
         # Positions cost the backward a few registers that it does not have; how many bytes is in docs/decisions.
         few = row.label.startswith("backward") and row.kernel.stack <= BUDGETS["backward_stack_bytes"]
+        few = few and not (row.dtype == "fp32" and row.head_dim <= BUDGETS["tf32_spill_free_up_to_head_dim"])
         if spills and not few and row.head_dim <= BUDGETS["spill_free_up_to_head_dim"]:
             broken.append(f"{where}: {row.kernel.stack} bytes of stack, {row.kernel.count(*LOCAL)} local accesses")
         if atomics := row.kernel.count(*ATOMICS):
@@ -117,11 +120,39 @@ def broken_budgets(rows: list[Row]) -> list[str]:
             slots = sum(row.cost.slots for row in backward(counted, access, int(head_dim)))
             if slots > limit:
                 broken.append(f"backward D={head_dim} {access}: {slots:.2f} issue slots per element, at most {limit}")
-        microseconds = backward_microseconds(counted, access)
-        if microseconds > BUDGETS["backward_microseconds"][access]:
-            limit = BUDGETS["backward_microseconds"][access]
-            broken.append(f"backward at 512^3, {access} bias: {microseconds:.0f} us, at most {limit}")
+        time, limit = backward_microseconds(counted, access), BUDGETS["backward_microseconds"][access]
+        if time > limit:
+            broken.append(f"backward at 512^3, {access} bias: {time:.0f} us, at most {limit}")
+    return broken + broken_tf32_budgets(rows)
+
+
+def broken_tf32_budgets(rows: list[Row]) -> list[str]:
+    broken = []
+    for head_dim, limits in BUDGETS["tf32_slots"].items():
+        for row in tf32_step(rows, int(head_dim)):
+            if row.cost.slots > limits[row.name]:
+                broken.append(f"fp32 {row.label}: {row.cost.slots:.2f} issue slots per element, at most {limits[row.name]}")
+    time, limit = tf32_microseconds(rows), BUDGETS["tf32_step_microseconds"]
+    if time > limit:
+        broken.append(f"fp32 step of 256^3, H=4, D=32: {time:.0f} us, at most {limit}")
     return broken
+
+
+def tf32_step(rows: list[Row], head_dim: int) -> list[Row]:
+    """The forward and the two backward kernels of a float32 call with bias."""
+    rows = [r for r in rows if r.cost and (r.arch, r.dtype, r.head_dim) == (BUDGET_ARCH, "fp32", head_dim)]
+    return [r for r in rows if r.access == "float" and (r.strip or r.name in ("forward", "backward_key"))]
+
+
+def tf32_microseconds(rows: list[Row]) -> float:
+    """A float32 step at 256 batch rows, queries and keys, 4 heads, head_dim 32."""
+    return microseconds(tf32_step(rows, 32), 256)
+
+
+def microseconds(rows: list[Row], n: int) -> float:
+    """At n batch rows, queries and keys, 4 heads, if every kernel ran at its binding unit."""
+    clocks = sum(row.cost.bounds[row.cost.binding] for row in rows)
+    return n**3 * 4 * clocks / MULTIPROCESSORS / CLOCK * 1e6
 
 
 def backward(rows: list[Row], access: str, head_dim: int) -> list[Row]:
@@ -130,9 +161,8 @@ def backward(rows: list[Row], access: str, head_dim: int) -> list[Row]:
 
 
 def backward_microseconds(rows: list[Row], access: str) -> float:
-    """At 512 batch rows, queries and keys, 4 heads, head_dim 32, if every kernel ran at its binding unit."""
-    clocks = sum(row.cost.bounds[row.cost.binding] for row in backward(rows, access, 32))
-    return 512**3 * 4 * clocks / MULTIPROCESSORS / CLOCK * 1e6
+    """At 512 batch rows, queries and keys, 4 heads, head_dim 32."""
+    return microseconds(backward(rows, access, 32), 512)
 
 
 def print_rows(rows: list[tuple[str, Kernel, Cost | None]]) -> None:
@@ -169,7 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=["sm_80", "sm_90"], help="architectures to compile for")
     parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS, help="compiled head_dims to report")
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16"], choices=["bf16", "fp16"])
+    parser.add_argument("--dtypes", nargs="+", default=TYPES, choices=TYPES)
     parser.add_argument(
         "--jobs", type=int, default=int(os.environ.get("MAX_JOBS", os.cpu_count())), help="compilers at a time"
     )
@@ -200,6 +230,8 @@ def main() -> int:
         if len(backward(counted, access, 32)) == 2:
             time = backward_microseconds(counted, access)
             print(f"backward at 512^3, H=4, D=32, {access} bias: {time:.0f} us at the binding units of an H100")
+    if len(tf32_step(rows, 32)) == 3:
+        print(f"float32 step at 256^3, H=4, D=32: {tf32_microseconds(rows):.0f} us at the binding units of an H100")
     broken = broken_budgets(rows)
     for line in broken:
         print(f"budget broken: {line}")

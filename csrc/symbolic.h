@@ -5,6 +5,11 @@
 
 #include <c10/core/SymInt.h>
 
+// PyTorch 2.7, which has no such choice yet, decides for a size not known yet as for one above 1.
+#if !defined(TORCH_GUARD_OR_FALSE)
+#define TORCH_GUARD_OR_FALSE(condition) TORCH_GUARD_SIZE_OBLIVIOUS(condition)
+#endif
+
 namespace torch_gated_attn {
 
 // Requirements: a traced size whose value is not known yet becomes an assertion of the graph instead of an error here.

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -226,3 +228,26 @@ def ring_cases(groups: dict[str, dist.ProcessGroup]) -> dict[str, Callable[[], s
             for function in (ring_gated_attention, split_key_attention):
                 cases[f"{function.__name__}, {label}: {name}"] = lambda c=case, f=function, g=group: compare(c, f, g)
     return cases
+
+
+#: Of these the shards are computed by the emulated CUDA kernels, tensor-core and plain.
+EMULATED = ("bfloat16", "float16, mean", "bfloat16, causal", "causal, window", "key_lengths, mean", "no key here and there")
+
+
+def emulated_cases(group: dist.ProcessGroup, library: Path) -> dict[str, Callable[[], str]]:
+    from cuda_emulator import harness
+    from cuda_emulator.as_cpu import Operator, as_cpu_kernels
+
+    operator = Operator(harness.load(library))
+
+    def run(case: Case, function: Callable[..., Any]) -> str:
+        harness.LAUNCHED.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about what is done here on purpose: kernels are replaced
+            with as_cpu_kernels(operator):
+                found = compare(case, function, group)
+        idle = case.k_sizes is not None  # some process has no key, and then nothing to launch
+        return found or ("" if harness.LAUNCHED or idle else "no emulated kernel ran")
+
+    functions = ring_gated_attention, split_key_attention
+    return {f"{f.__name__}: {n}": lambda c=CASES[n], f=f: run(c, f) for n in EMULATED for f in functions}

@@ -53,7 +53,48 @@ def test_cmake_and_setup_read_the_same_lists() -> None:
     for file in ("setup.py", "CMakeLists.txt"):
         text = (ROOT / file).read_text()
         assert "compile_flags.txt" in text
+        assert "link_flags.txt" in text
         assert not re.search(r"csrc/\S+\.(cpp|cu)\b", text), f"{file} names a source of its own"
+
+
+@pytest.mark.parametrize("variant", ["release", "profile", "debug"])
+@pytest.mark.parametrize(("compiler", "system"), [("gcc", "linux"), ("clang", "linux"), ("clang", "darwin")])
+def test_cmake_and_setup_take_the_same_flags(
+    build: dict[str, Any], compiler: str, system: str, variant: str, tmp_path: Path
+) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is missing")
+    program = tmp_path / "flags.cmake"
+    lines = [
+        f"set(CMAKE_CURRENT_SOURCE_DIR {ROOT})",
+        f"set(CMAKE_CXX_COMPILER_ID {'GNU' if compiler == 'gcc' else 'AppleClang' if system == 'darwin' else 'Clang'})",
+        f"set(APPLE {int(system == 'darwin')})",
+        f"set(TORCH_GATED_ATTN_BUILD {variant})",
+        f"include({ROOT}/cmake/Sources.cmake)",
+        "library_flags(compile compile_flags.txt)",
+        "library_flags(link link_flags.txt)",
+        'message("${compile}|${link}")',
+    ]
+    program.write_text("\n".join(lines))
+    said = subprocess.run([cmake, "-P", str(program)], capture_output=True, text=True, check=True, timeout=60).stderr
+    taken = [part.split(";") if part else [] for part in said.strip().split("|")]
+    listed = [build["flags"](f"{kind}_flags.txt", compiler, variant, system) for kind in ("compile", "link")]
+    assert taken == listed
+    assert ("-fopenmp" in listed[0]) == (compiler == "gcc")
+    assert ("-g0" in listed[0]) == (variant == "release")
+    assert system == "linux" or not any("-z," in flag or flag == "-Wl,-s" for flag in listed[1])
+
+
+def test_local_version_of_a_wheel(build: dict[str, Any]) -> None:
+    assert build["local_version"]("2.14.1+cu130", "13.0") == "+torch2.14.cu130"
+    assert build["local_version"]("2.7.1+cu126", None) == "+torch2.7.cpu"
+
+
+def test_unknown_variant(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_GATED_ATTN_BUILD", "fast")
+    with pytest.raises(SystemExit, match="TORCH_GATED_ATTN_BUILD must be release, profile or debug, but is 'fast'"):
+        build["variant"]()
 
 
 def test_versions_agree() -> None:
@@ -84,7 +125,7 @@ def test_no_fast_math() -> None:
 
 
 def test_kernels_include_no_torch_header() -> None:
-    launchers = {"launcher.cpp", "launcher.h", "gate_launcher.cpp", "ordered_sum.cpp", "ordered_sum.h"}
+    launchers = {"launcher.cpp", "threads.h", "gate_launcher.cpp", "ordered_sum.cpp", "ordered_sum.h"}
     for path in [*(ROOT / "csrc/cpu").glob("*"), *(ROOT / "csrc/cuda").rglob("*.cu*"), ROOT / "csrc/problem.h"]:
         if path.name not in launchers:
             assert not re.search(r'#include [<"](torch|ATen|c10)/', path.read_text()), path

@@ -16,9 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from core.build import CSRC, HERE, SETS, build
+from core.build import ARM_SETS, CSRC, HERE, SETS, build
 
 COMPILER = os.environ.get("CXX", "g++")
+CLANG = next(filter(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(22, 15, -1))]), "clang++")
+CROSS = "aarch64-linux-gnu-g++"
+EMULATOR = next(filter(shutil.which, ["qemu-aarch64-static", "qemu-aarch64"]), "qemu-aarch64")
 SEED = int(os.environ.get("TORCH_GATED_ATTN_FUZZ_SEED", "1"))
 CALLS = os.environ.get("TORCH_GATED_ATTN_FUZZ_CALLS")
 SECONDS = os.environ.get("TORCH_GATED_ATTN_FUZZ_SECONDS")
@@ -68,6 +71,23 @@ def test_random_calls_beside_protected_pages(capability):
     run([build(COMPILER, PLAIN), capability, SEED, calls, 1], calls)
 
 
+@pytest.mark.skipif(shutil.which(CLANG) is None, reason=f"{CLANG} is missing")
+@pytest.mark.parametrize("capability", SETS)
+def test_clang_compiles_without_warnings(capability):
+    calls = calls_or(100)
+    run([build(CLANG, PLAIN), capability, SEED + 50_000, calls, 1], calls)
+
+
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"{CROSS}, which compiles for aarch64, is missing")
+@pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"{EMULATOR}, which runs aarch64 programs, is missing")
+@pytest.mark.parametrize("capability", ARM_SETS)
+def test_aarch64_in_an_emulator(capability):
+    """A call takes some hundred times as long as on a processor, so they are few and small."""
+    calls = calls_or(20)
+    program = build(CROSS, (*PLAIN, "-static"), ARM_SETS)
+    run([EMULATOR, "-cpu", "max", program, capability, SEED + 60_000, calls, 2, 24], calls)
+
+
 def test_sanitizers_see_every_masked_access():
     masked = re.compile(r"\b_mm\d+_maskz?_(?:load|store)\w+")
     used = {name for path in (CSRC / "cpu").iterdir() for name in masked.findall(path.read_text())}
@@ -106,12 +126,12 @@ def test_valgrind_finds_no_uninitialised_read(capability):
     run(command, 12)
 
 
-@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is missing: the seeded driver above runs in any case")
+@pytest.mark.skipif(shutil.which(CLANG) is None, reason="clang++ is missing: the seeded driver above runs in any case")
 def test_libfuzzer(tmp_path):
     """Byte strings grown by what the kernels' branches and comparisons make of them."""
-    if sanitizer_is_missing(FUZZER, tmp_path, "clang++", FUZZED):
-        pytest.skip("clang++ has no libFuzzer")
-    program = build("clang++", ("-O1", *FUZZER), SETS if SECONDS else SETS[:2])
+    if sanitizer_is_missing(FUZZER, tmp_path, CLANG, FUZZED):
+        pytest.skip(f"{CLANG} has no libFuzzer")
+    program = build(CLANG, ("-O1", *FUZZER), SETS if SECONDS else SETS[:2])
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     numbers = random.Random(SEED)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,26 +157,14 @@ def test_what_no_fused_kernel_takes_warns_and_names_the_reason():
         torch.set_warn_always(False)
 
 
-TINY_CALLS = """
-import torch, torch_gated_attn
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    for d in (8, 12, 32):
-        draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
-        mask = torch.rand(5, 1, 1, 70, device="cuda") < 0.8
-        out = torch_gated_attn.gated_attention(
-            draw(5, 2, 40, d), draw(5, 2, 70, d), draw(5, 2, 70, d), draw(5, 2, 40, d), draw(1, 2, 40, 70), mask)
-        out.backward(torch.ones_like(out))
-torch.cuda.synchronize()
-"""
-
-
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer of the CUDA toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_compute_sanitizer(tool):
     # Every tensor an allocation of its own, so that an access past its end is one past an allocation.
     environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     only_ours = ["--kernel-name", "kernel_substring=torch_gated_attn"]
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *only_ours, sys.executable, "-c", TINY_CALLS]
+    calls = Path(__file__).with_name("tiny_calls.py").read_text()
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *only_ours, sys.executable, "-c", calls]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert "ERROR SUMMARY: 0 errors" in run.stdout

@@ -4,6 +4,7 @@ reads, accesses out of bounds or misaligned, deadlocks and bank conflicts. Any o
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shutil
 import subprocess
@@ -123,6 +124,14 @@ def test_head_dims(emulated):
     judge.verdict()
 
 
+def test_head_dims_in_float32(emulated):
+    judge = Judge()
+    for d in (1, 4, 8, 12, 16, 20, 24, 32, 36, 44, 48, 52, 60, 64, 68, 128):
+        for dv in (d, 12):
+            judge.compare(f"D={d} Dv={dv}", draw(seed=d, dtype=FP32, q=19, k=37, d=d, dv=dv))
+    judge.verdict()
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_architectures_differ_in_shared_memory_only(library, arch):
     """With little of it dBias takes another kernel."""
@@ -132,9 +141,9 @@ def test_architectures_differ_in_shared_memory_only(library, arch):
         warnings.simplefilter("ignore")
         with as_cpu_kernels(operator):
             for k in (96, 450):
-                for bias_dtype in (BF16, FP32):
+                for dtype, bias_dtype in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
                     inputs = draw(
-                        seed=k, dtype=BF16, batch=(2, 9), q=40, k=k, d=32, bias=(2, 1, 2, 40, k), bias_dtype=bias_dtype
+                        seed=k, dtype=dtype, batch=(2, 9), q=40, k=k, d=32, bias=(2, 1, 2, 40, k), bias_dtype=bias_dtype
                     )
                     judge.compare(f"sm_{arch} K={k}", inputs)
     judge.verdict()
@@ -187,9 +196,17 @@ EXPLAINED = [
     ({"bias": None, "is_causal": True, "window": 5}, "the tensor-core kernel without bias"),
     ({"is_causal": True, "d": 12}, "the general tensor-core kernel: head_dim is not a multiple of 8"),
     ({"key_lengths": [3, 0, 24, 9], "mask": "full"}, "the tensor-core kernel with a bias per batch row"),
-    ({"key_lengths": [3, 0, 24, 9], "dtype": FP32}, "float32 is computed with float32 multiply-adds, never TF32"),
+    ({"key_lengths": [3, 0, 24, 9], "dtype": FP32}, "the float32 tensor-core kernel (three TF32 products) with bias"),
+    ({"dtype": FP32, "bias": None, "d": 12}, "the float32 tensor-core kernel (three TF32 products) without bias"),
+    ({"dtype": FP32, "k": 23}, "three TF32 products) with bias, on a copy of the bias whose rows are aligned"),
+    ({"dtype": FP32, "scale": 0.0}, "the float32 tensor-core kernel (three TF32 products) with bias"),
     ({"scale": 0.0}, "the general tensor-core kernel: the scale is zero or out of the range"),
-    ({"dtype": FP32}, "float32 is computed with float32 multiply-adds, never TF32"),
+    ({"dtype": FP32, "d": 14}, "the plain kernel, in float32 multiply-adds: head_dim is not a multiple of 4"),
+    (
+        {"dtype": FP32, "d": 72},
+        "float32 multiply-adds: head_dim is above 64, where the tensor-core kernels for float32 end",
+    ),
+    ({"dtype": FP64}, "float64 takes the plain kernel"),
     ({"d": 136}, "head_dim 136 is outside 1..128"),
 ]
 
@@ -207,38 +224,59 @@ def test_old_architecture_is_refused(library):
     call = harness.Call(library, *draw(seed=1, dtype=BF16).tensors)
     reason = library.emulator_explain(harness.ctypes.byref(call.problem), 75, 0).decode()
     assert "compute capability 7.5 is below 8.0" in reason
+    call = harness.Call(library, *draw(seed=1, dtype=FP32).tensors)
+    reason = library.emulator_explain(harness.ctypes.byref(call.problem), 75, 0).decode()
+    assert reason.startswith("the plain kernel, in float32 multiply-adds")
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_planted_bug_is_caught(tmp_path, bug):
-    library = harness.load(build.build(bug.plant(tmp_path), only=("bf16_16", "bias_workspace")))
+def library_of_a_bug(root, dtype):
+    """Of the few kernels that its call runs."""
+    return harness.load(build.build(root, only=("bias_workspace",), instead=[build.HERE / f"planted_{dtype}.cpp"]))
+
+
+def judge_bug(library, bug):
     sizes = {"batch": (5,), "heads": 1, "q": 70, "k": 150, "d": 16, "bias": (1, 70, 150), "scale": 0.3}
     one_pair = bug.changes.get("mask") == "one pair"
     mask = None if one_pair or not bug.masked else "key"
-    inputs = draw(seed=3, dtype=BF16, **{**sizes, "mask": mask, **({} if one_pair else bug.changes)})
+    dtype = {"bf16": BF16, "fp32": FP32}[bug.dtype]
+    inputs = draw(seed=3, dtype=dtype, **{**sizes, "mask": mask, **({} if one_pair else bug.changes)})
     if one_pair:  # in the last tile of either kernel's
         inputs = inputs.replace(mask=torch.zeros(70, 150, dtype=torch.bool))
         inputs.mask[66:, 140] = inputs.mask[:60, :50] = True
         inputs.mask[67:, 140] = False
     if not bug.changes:  # whose hidden keys are to count
-        inputs = inputs.replace(bias=inputs.bias + torch.linspace(0, 60, 150).to(BF16))  # the largest logits come last
+        inputs = inputs.replace(bias=inputs.bias + torch.linspace(0, 60, 150).to(dtype))  # the largest logits come last
 
-    def judge():
-        judge = Judge()
-        if bug.low:
-            low.compare(judge, bug.name, low.make(inputs, slice(3, 40), None, -1e30))
-        else:
-            judge.compare(bug.name, inputs)
-        judge.verdict()
-
+    judge = Judge()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with as_cpu_kernels(Operator(library)), pytest.raises((harness.Finding, AssertionError)):
-            judge()
+        with as_cpu_kernels(Operator(library)):
+            if bug.low:
+                low.compare(judge, bug.name, low.make(inputs, slice(3, 40), None, -1e30))
+            else:
+                judge.compare(bug.name, inputs)
+    judge.verdict()
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_caught(tmp_path, bug):
+    library = library_of_a_bug(bug.plant(tmp_path), bug.dtype)
+    with pytest.raises((harness.Finding, AssertionError)):
+        judge_bug(library, bug)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_without_a_bug_nothing_is_caught(dtype):
+    library = library_of_a_bug(build.CUDA, dtype)
+    calls = {(bug.masked, bug.low, str(bug.changes)): bug for bug in BUGS}
+    for bug in calls.values():
+        judge_bug(library, dataclasses.replace(bug, dtype=dtype))
 
 
 def test_address_and_undefined_behaviour_sanitizers():
-    program = build.build(only=("bf16_16", "bias_workspace", "plain_float"), flags=("-O0", *build.SANITIZE), program=True)
+    program = build.build(
+        only=("bf16_16", "fp32_16", "bias_workspace", "plain_float"), flags=("-O0", *build.SANITIZE), program=True
+    )
     run = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "4 calls, no findings" in run.stdout
+    assert "5 calls, no findings" in run.stdout

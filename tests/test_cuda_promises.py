@@ -62,7 +62,12 @@ WAYS = [
     Way("odd number of keys without a strip", bias="shared", float_bias=True, keys=1, shared_bytes=1024),
     Way("large scale", changes=(("scale", 1.5),)),
     Way("mask that differs between queries", bias="shared", changes=(("mask", "full"),)),
-    Way("plain", dtypes=(FP32, FP64)),
+    Way("float32, no bias", dtypes=(FP32, FP32), bias=None),
+    Way("float32, own bias", dtypes=(FP32, FP32)),
+    Way("float32, shared bias", dtypes=(FP32, FP32), bias="shared"),
+    Way("float32, shared bias without a strip", dtypes=(FP32, FP32), bias="shared", shared_bytes=1024),
+    Way("float32, odd number of keys", dtypes=(FP32, FP32), bias="shared", keys=1, changes=(("scale", 1.5),)),
+    Way("plain", dtypes=(FP32, FP64), changes=(("d", 6),)),
 ]
 
 
@@ -90,7 +95,9 @@ def column(library, compiled):
 
 
 # Kernels that a column cannot reach: they only run where there is no bias.
-NO_BIAS = ("forward, no bias", "backward query, no bias", "backward key, no bias")
+NO_BIAS = tuple(
+    f"{kernel}, {dtype}no bias" for kernel in ("forward", "backward query", "backward key") for dtype in ("", "tf32, ")
+)
 
 
 @pytest.mark.parametrize("place", ["rows", "keys", "rows and keys", "all"])
@@ -189,7 +196,7 @@ def test_bands_of_minus_infinity_and_of_the_lowest_number(column):
 def test_head_dims_and_lengths(column):
     def calls(way, dtype):
         judge = Judge()
-        for d, dv in ((8, 16), (16, 8)) if way.name != "large scale" else ((5, 9), (16, 1)):
+        for d, dv in ((8, 16), (16, 8)) if way.name not in ("large scale", "plain") else ((5, 9), (16, 1)):
             for q, k in ((1, 2), (17, 66), (65, 34)):
                 inputs = way.draw(dtype, seed=q, heads=1, d=d, dv=dv, q=q, k=k)
                 judge.compare(f"{way.name} {dtype} {d} {dv} {q} {k}", inputs)
@@ -201,7 +208,7 @@ def test_head_dims_and_lengths(column):
 def test_gates(column):
     def calls(way, dtype):
         judge = Judge()
-        for gate in (None, "head", (2, 1, 1), (3, 1, 33, 8), ()):
+        for gate in (None, "head", (2, 1, 1), (3, 1, 33, dict(way.changes).get("d", 8)), ()):
             judge.compare(f"{way.name} {dtype} {gate}", way.draw(dtype, gate=gate, q=33, k=34))
         inputs = way.draw(dtype, q=33, k=34)
         inputs.gate[..., ::3, :] = -math.inf

@@ -16,7 +16,7 @@ from tolerance import Judge
 
 from torch_gated_attn import gated_attention_with_lse
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 B, H, Q, K = 2, 2, 200, 210  # several tiles of every kernel, the last ones of a part
 
 
@@ -52,7 +52,9 @@ WAYS = {
     "shared bias": ({"bias": (1, H, Q, K)}, 0),
     "float32 bias, no strip": ({"bias_dtype": FP32}, 1024),
     "general": ({"scale": 1.5}, 0),
-    "plain": ({"dtype": FP32}, 0),
+    "float32": ({"dtype": FP32, "bias": (1, H, Q, K), "bias_dtype": FP32}, 0),
+    "float32, no strip": ({"dtype": FP32, "bias_dtype": FP32}, 1024),
+    "plain": ({"dtype": FP64}, 0),
 }
 # One after the other, since every kernel computes tiles by the same rule.
 CALLS = [
@@ -96,9 +98,10 @@ def test_tiles_computed_are_those_with_an_attended_pair(library, seen, way):
         assert {(t.entry, t.head, t.query // queries, t.key // keys) for t in found} == expected, kernel
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("seen", ["everything", "causal", "window", "blocks"])
-def test_full_tiles_take_the_loop_without_a_look_at_pairs(library, seen):
-    inputs = draw(seed=1, dtype=BF16, batch=(1,), heads=1, q=192, k=192, d=8, bias=None, gate=None, mask=None)
+def test_full_tiles_take_the_loop_without_a_look_at_pairs(library, seen, dtype):
+    inputs = draw(seed=1, dtype=dtype, batch=(1,), heads=1, q=192, k=192, d=8, bias=None, gate=None, mask=None)
     inputs = inputs.replace(**{k: v for k, v in SEEN[seen].items() if k != "mask"})
     if seen == "blocks":
         block = torch.arange(192) // 64

@@ -77,6 +77,8 @@ def expected_of_train(module: GatedAttention, q_data: Tensor, bias: Tensor, mask
     (expected["d_query"],) = torch.autograd.grad(expected["out"].sum() + expected["lse"].sum(), query)
     no_keys = torch.zeros(1, dtype=torch.bool)
     expected["mean_rows"] = gated_attention(query, query, query, mask=no_keys, scale=1.0, masked_rows="mean")
+    lengths = torch.tensor([4])
+    expected["causal"] = gated_attention(query, query, query, is_causal=True, window=2, key_lengths=lengths)
     return {name: value.detach() for name, value in expected.items()}
 
 
@@ -123,6 +125,25 @@ def test_package_in_python(package: tuple[GatedAttention, Path]) -> None:
     for batch, length in ((3, 7), (5, 40)):
         q_data, arguments = draw_arguments(batch, length)
         torch.testing.assert_close(loaded(q_data, **arguments), module(q_data, **arguments), rtol=1e-6, atol=1e-6)
+
+
+class Decoder(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
+        return gated_attention(query, key, key, query, is_causal=True, window=5, key_lengths=lengths)
+
+
+def test_package_with_lengths(tmp_path: Path) -> None:
+    def arguments(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        key = torch.randn(batch, 2, length, 8)
+        return torch.randn(batch, 2, 3, 8), key, torch.randint(1, length + 1, (batch,))
+
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=4096)
+    shapes = {"query": {0: batch}, "key": {0: batch, 2: length}, "lengths": {0: batch}}
+    program = torch.export.export(Decoder(), arguments(3, 7), dynamic_shapes=shapes)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "decoder.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    for drawn in (arguments(3, 7), arguments(5, 40)):
+        assert torch.equal(loaded(*drawn), Decoder()(*drawn))
 
 
 def test_package_in_cpp(package: tuple[GatedAttention, Path], programs: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from inputs import DTYPES, assert_identical, draw, evaluate
 from torch.utils.data import DataLoader, Dataset
 
-from torch_gated_attn import gated_attention_with_lse
+from torch_gated_attn import _C, gated_attention_with_lse
 
 # Enough work for every thread, in each way it can be shared out: over batch entries, over heads, over queries, over the
 # entries that share one bias, and over the keys of the forward or the queries of the backward, which are then put together.
@@ -179,7 +179,7 @@ ACCURACY = (
 )
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("capability", _C.cpu_capabilities)
 def test_every_other_instruction_set(capability):
     """The accuracy tests again, in a process with each other instruction set that the machine has."""
     if capability == cpu_capability(os.environ):
@@ -198,7 +198,8 @@ def test_unknown_instruction_set():
     program = "import torch, torch_gated_attn as t; x = torch.ones(1, 1, 1); t.gated_attention(x, x, x)"
     run = run_python({**os.environ, "TORCH_GATED_ATTN_CPU_CAPABILITY": "sse9"}, "-c", program)
     assert run.returncode == 1
-    expected = "TORCH_GATED_ATTN_CPU_CAPABILITY must be default, avx2, avx512 or avx512_bf16, but is 'sse9'"
+    *others, last = _C.cpu_capabilities
+    expected = f"TORCH_GATED_ATTN_CPU_CAPABILITY must be {', '.join(others)} or {last}, but is 'sse9'"
     assert expected in run.stderr
 
 

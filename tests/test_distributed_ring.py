@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import functools
+import platform
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from processes import start
@@ -38,3 +43,22 @@ def test_as_many_cases_as_promised(results):
 def test_processes_together_equal_one(results):
     failures = {(rank, name): text for rank, result in enumerate(results) for name, text in result.items() if text}
     assert not failures, failures
+
+
+def cases_on_emulated_kernels(library: Path, rank: int) -> dict:
+    import torch.distributed as dist
+    from distributed_ring import emulated_cases
+
+    return emulated_cases(dist.group.WORLD, library)
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64",
+    reason="the emulator needs g++ and switches stacks in x86-64 assembly",
+)
+def test_processes_together_equal_one_on_emulated_cuda_kernels(library, tmp_path):
+    cases = functools.partial(cases_on_emulated_kernels, Path(library._name))
+    for rank, result in enumerate(start(cases, 4, tmp_path)):
+        assert len(result) == 12
+        failures = {(rank, name): text for name, text in result.items() if text}
+        assert not failures, failures

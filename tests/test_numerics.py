@@ -74,6 +74,32 @@ def test_heads_and_batch_dimensions(device, dtype):
     judge.verdict()
 
 
+@pytest.mark.parametrize("masked_rows", POLICIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_few_keys_for_one_query(device, dtype, masked_rows):
+    """Scores of several heads share a vector: every number of heads and keys around it, some rows without a key."""
+    judge = Judge()
+    for k in range(1, 10):
+        for heads, mask, bias in ((2, "full", "full"), (3, "key", (3, 1, k)), (5, (5, 1, k), None), (16, "full", (k,))):
+            inputs = draw(
+                seed=k, dtype=dtype, device=device, batch=(7,), heads=heads, q=1, k=k, d=16 + k % 3, mask=mask, bias=bias,
+                masked_rows=masked_rows, key_lengths=[k, 0, 1, k, k, k - 1, k] if heads == 3 else None,
+            )  # fmt: skip
+            inputs.mask[..., -1, :, :] &= k % 2 == 0  # else the last head attends to nothing
+            judge.compare(f"K={k} heads={heads}", inputs)
+    judge.verdict()
+
+
+def test_a_few_masked_keys_leave_no_trace(device):
+    inputs = draw(seed=1, device=device, batch=(3,), heads=4, q=1, k=4, d=16, mask="full", bias=None)
+    expected = gated_attention(*inputs.tensors)
+    hidden = ~inputs.mask[..., 0, :, None]
+    poisoned = inputs.replace(
+        key=inputs.key.masked_fill(hidden, torch.nan), value=inputs.value.masked_fill(hidden, torch.nan)
+    )
+    assert torch.equal(gated_attention(*poisoned.tensors), expected)
+
+
 @pytest.mark.parametrize("dtype", [*HALF, torch.float64])
 def test_float32_bias_with_other_inputs(device, dtype):
     # Its logits being float32, REF rounds less often here. A GPU and processors with 16-bit products still round P, dS and

@@ -104,16 +104,18 @@ def import_patched(folder: Path, **patches: bytes) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+CUDA = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
+WHEEL = f"torch-gated-attn=={torch_gated_attn.__version__}+torch{'.'.join(torch.__version__.split('.')[:2])}.{CUDA}"
 REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source directory"
 
 
 def test_library_of_another_torch(tmp_path):
     """As after a change of torch: a function that the library calls is not there."""
     said = import_patched(tmp_path, findSchemaOrThrow=b"findSchemaOrThrew")
-    built, running, rebuild = map(re.escape, (_C.torch_version, torch.__version__, REBUILD))
+    built, running, remedy = map(re.escape, (_C.torch_version, torch.__version__, f"take the wheel {WHEEL}, or {REBUILD}"))
     assert re.fullmatch(
         rf"ImportError: torch_gated_attn was built with torch {built} and cannot be loaded into torch {running} "
-        rf"\(.*undefined symbol: \w*findSchemaOrThrew\w*\); {rebuild}",
+        rf"\(.*undefined symbol: \w*findSchemaOrThrew\w*\); {remedy}",
         said,
     ), said
 
@@ -123,7 +125,7 @@ def test_library_of_another_torch_that_loads(tmp_path):
     said = import_patched(tmp_path, **{_C.torch_version: older.encode()})
     assert said == (
         f"ImportError: torch_gated_attn was built with torch {older} and cannot be loaded into torch {torch.__version__} "
-        f"(minor versions of PyTorch are not binary compatible); {REBUILD}"
+        f"(minor versions of PyTorch are not binary compatible); take the wheel {WHEEL}, or {REBUILD}"
     )
 
 

@@ -96,10 +96,15 @@ def test_cost_of_what_only_other_libraries_do(modules):
         (0x17A, None, "STL", " [R1], R1"),
         (0x17C, None, "LDSM.16.M88", " R4, [R2]"),
     ]
+    others += [
+        (0x17D, None, "HMMA.1688.F32.TF32", " R8, R4, R6, R8"),
+        (0x17E, None, "HMMA.1688.F32.BF16", " R8, R4, R6, R8"),
+    ]
     (loop,) = kernel(sass, sorted([*LISTING, *others], key=lambda line: line[0])).loops()
     cost = sass.cost(loop)
-    assert (cost.hmma, cost.ldsm, cost.reductions, cost.local) == (5 / 16, 2 / 16, 1 / 16, 2 / 16)
-    assert cost.bounds["HMMA"] == pytest.approx((sass.HMMA_CLOCKS + 4 * sass.WGMMA_CLOCKS) / 16)
+    assert cost.hmma == pytest.approx((1 + 4 + 1 + 0.5) / 16)
+    assert (cost.ldsm, cost.reductions, cost.local) == (2 / 16, 1 / 16, 2 / 16)
+    assert cost.bounds["HMMA"] == pytest.approx((2.5 * sass.HMMA_CLOCKS + 4 * sass.WGMMA_CLOCKS) / 16)
 
 
 def cost(sass, slots, **bounds):
@@ -125,9 +130,22 @@ def test_budgets(modules):
         "sm_90 bf16 forward D=16 half shared: 8 bytes of stack, 0 local accesses"
     ]
     assert report.broken_budgets([row(modules, kernel=kernel(sass, stack=8), head_dim=96)]) == []
+    for dtype, head_dim, broken in (("bf16", 32, 0), ("fp32", 32, 1), ("fp32", 48, 0)):
+        spilled = row(modules, dtype=dtype, head_dim=head_dim, name="backward_key", kernel=kernel(sass, stack=8), cost=None)
+        assert len(report.broken_budgets([spilled])) == broken
     atomic = kernel(sass, [*LISTING, (0x1F0, None, "RED.E.ADD.F32", " [R2], R1")])
     assert report.broken_budgets([row(modules, kernel=atomic)]) == [
         "sm_90 bf16 forward D=16 half shared: 1 atomic instructions"
+    ]
+    step = [
+        row(modules, dtype="fp32", head_dim=32, access="float", name=name, strip=strip, cost=cost(sass, 80, HMMA=2.0))
+        for name, strip in (("forward", False), ("backward_query", True), ("backward_key", False))
+    ]
+    assert [line.split(":")[0] for line in report.broken_budgets(step)] == [
+        "fp32 forward D=32 float shared",
+        "fp32 backward_query D=32 float strip shared",
+        "fp32 backward_key D=32 float shared",
+        "fp32 step of 256^3, H=4, D=32",
     ]
     pair = [
         row(modules, head_dim=32, name=name, strip=strip, shares=False, cost=cost(sass, 11.5, L2=0.15))
@@ -183,8 +201,8 @@ def test_kernels_are_known_by_their_symbols(modules, symbol, dtype, label):
 
 def test_every_kernel_of_a_head_dim_is_found(modules):
     _, report = modules
-    found = [source.stem for source in report.instantiations([16, 32], ["bf16", "fp16"])]
-    assert {"forward_bf16_16", "forward_fp16_32", "backward_bf16_32", "bias_workspace"} <= set(found)
+    found = [source.stem for source in report.instantiations([16, 32], report.TYPES)]
+    assert {"forward_bf16_16", "forward_fp16_32", "backward_bf16_32", "backward_fp32_16", "bias_workspace"} <= set(found)
     assert not any("64" in stem.split("_") for stem in found)
 
 

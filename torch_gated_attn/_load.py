@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ._version import __version__
+
 _REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source directory"
 
 
@@ -41,8 +43,14 @@ def _explain(error: ImportError) -> str:
     return _mismatch(built.group(1).decode() if built else "an unknown version", error)
 
 
+def _wheel() -> str:
+    """The name of the wheel for the torch at hand; setup.py gives it."""
+    cuda = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
+    return f"torch-gated-attn=={__version__}+torch{'.'.join(_minor_version(torch.__version__))}.{cuda}"
+
+
 def _mismatch(built: str, why: object) -> str:
     return (
         f"torch_gated_attn was built with torch {built} and cannot be loaded into torch {torch.__version__} ({why}); "
-        f"{_REBUILD}"
+        f"take the wheel {_wheel()}, or {_REBUILD}"
     )

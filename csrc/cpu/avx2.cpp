@@ -9,13 +9,15 @@
 #include <utility>
 
 #include "kernels.h"
+#include "target.h"
 
-#pragma GCC target("avx2,fma,f16c")
+TGA_TARGET_BEGIN("avx2,fma,f16c")
 #define TGA_AVX2
 namespace torch_gated_attn {
 namespace isa_avx2 {
 #include "kernels_impl.h"
 }  // namespace isa_avx2
+TGA_TARGET_END
 const CpuKernels kKernelsAvx2 = {"avx2",
                                  isa_avx2::block,
                                  isa_avx2::forward_scratch,

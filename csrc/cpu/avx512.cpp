@@ -9,16 +9,19 @@
 #include <utility>
 
 #include "kernels.h"
+#include "target.h"
 
-// immintrin.h of GCC 12 builds unused operands from an uninitialised variable.
+#if !defined(__clang__)  // immintrin.h of GCC 12 builds unused operands from an uninitialised variable
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+TGA_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define TGA_AVX512
 namespace torch_gated_attn {
 namespace isa_avx512 {
 #include "kernels_impl.h"
 }  // namespace isa_avx512
+TGA_TARGET_END
 const CpuKernels kKernelsAvx512 = {"avx512",
                                    isa_avx512::block,
                                    isa_avx512::forward_scratch,

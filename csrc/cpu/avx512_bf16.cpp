@@ -9,17 +9,20 @@
 #include <utility>
 
 #include "kernels.h"
+#include "target.h"
 
-// immintrin.h of GCC 12 builds unused operands from an uninitialised variable.
+#if !defined(__clang__)  // immintrin.h of GCC 12 builds unused operands from an uninitialised variable
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+TGA_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #define TGA_AVX512
 #define TGA_AVX512_BF16
 namespace torch_gated_attn {
 namespace isa_avx512_bf16 {
 #include "kernels_impl.h"
 }  // namespace isa_avx512_bf16
+TGA_TARGET_END
 const CpuKernels kKernelsAvx512Bf16 = {"avx512_bf16",
                                        isa_avx512_bf16::block,
                                        isa_avx512_bf16::forward_scratch,

@@ -27,6 +27,9 @@ TGA_INLINE VecHalf narrow(VecF x, Float16) { return (VecHalf)_mm512_cvtps_ph((__
 #elif defined(TGA_AVX2)
 TGA_INLINE VecF widen(VecHalf h, Float16) { return (VecF)_mm256_cvtph_ps((__m128i)h); }
 TGA_INLINE VecHalf narrow(VecF x, Float16) { return (VecHalf)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(TGA_NEON)
+TGA_INLINE VecF widen(VecHalf h, Float16) { return (VecF)vcvt_f32_f16((float16x4_t)h); }
+TGA_INLINE VecHalf narrow(VecF x, Float16) { return (VecHalf)vcvt_f16_f32((float32x4_t)x); }
 #else
 // float16 has 10 mantissa bits and exponent bias 15; moving its bits to float's places leaves the value times 2^-112.
 TGA_INLINE VecF widen(VecHalf h, Float16) {

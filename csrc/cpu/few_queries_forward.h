@@ -5,20 +5,14 @@
 // Keys come in blocks that stay in the first-level cache until every query has read them and their values, so memory is
 // read once, in order. The formulas are those of forward_block.h.
 
-// The logit that a bias adds, in log2 units.
-template <class T, class A>
-TGA_INLINE A bias_logit(const Problem& p, int64_t offset) {
-  if (!p.bias.data) return 0;
-  if (sizeof(T) == 2 && p.bias_dtype == DType::kFloat32)
-    return log2_logit<A>(set1<A>(static_cast<const float*>(p.bias.data)[offset]))[0];
-  return log2_logit<A>(set1<A>(load_one(static_cast<const T*>(p.bias.data) + offset)))[0];
-}
+// Keys of a row that are fetched all at once, while the row before is computed. Those of longer rows are fetched by the
+// block.
+constexpr int64_t kFewKeys = 32;
 
-// Asks for the next row's keys and values; a row with many of them is long enough for the hardware to follow.
+// Asks for the next row's keys and values.
 template <class T>
 static inline void prefetch_keys(const Problem& p, const Offsets& next) {
-  constexpr int64_t kMostKeys = 32;
-  if (p.k_len > kMostKeys) return;
+  if (p.k_len > kFewKeys) return;
   for (int64_t head = 0; head < p.kv_heads; ++head) {
     Prefetch prefetch;
     prefetch.keys(at<const T>(p.key, next.key, head), p.key, p.k_len, p.head_dim);
@@ -58,6 +52,7 @@ class KeyBlock {
 
   KeyBlock(const Problem& p, int queries, Carver& c)
       : most_keys(most_keys_of(p)), p_(p), queries_(queries), stride_(most_keys + W), dim_(padded(p.head_dim)) {
+    while ((turns_ + 1) * 2 * kQueries <= queries) turns_ = turns_ * 2 + 1;
     key = c.take<int32_t>(stride_ + kLanes<float>);  // indices_of_set writes whole vectors
     score_ = c.take<A>((queries + kQueries) * stride_);
     query_ = c.take<A>((queries + kQueries) * dim_);
@@ -87,11 +82,15 @@ class KeyBlock {
     }
   }
 
+  // Elements from a row of this block to the one in its place in the block after it, which is fetched meanwhile; 0: none.
+  struct Ahead {
+    int64_t key, value;
+  };
+
   // Lists the keys of `block` that some query attends to, and fills the scores.
-  // `more`: another block follows, whose keys and values are to be fetched meanwhile.
-  void fill(const Visibility<int64_t>& visible, const Range<int64_t>& block, bool more, const T* keys) {
+  void fill(const Visibility<int64_t>& visible, const Range<int64_t>& block, const Ahead& ahead, const T* keys) {
     list(visible, block);
-    ahead_ = more ? most_keys : 0;
+    ahead_ = ahead;
     if (queries_ * count < W)
       add_single(keys);  // a tile would be mostly empty
     else if (queries_ == 1)
@@ -117,13 +116,16 @@ class KeyBlock {
   void add_values(int i, const T* values, int64_t d, int n, A* const* o) const {
     Vec<A> x[QB][NV];
     TGA_UNROLL for (int q = 0; q < QB; ++q) TGA_UNROLL for (int v = 0; v < NV; ++v) x[q][v] = load(o[q] + d + v * W);
-    const int64_t next = i == 0 ? ahead_ * p_.value.row : 0;
     for (int j = 0; j < count; ++j) {
       const T* row = values + key[j] * p_.value.row + d;
+      const int64_t next = fetches(i / QB, j) ? ahead_.value : 0;
+      // Before the loads: the compiler takes a prefetch for a write to memory and would load a factor for every product.
+      if (next != 0) TGA_UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(row + v * W + next, 0, 2);
+      Vec<A> factor[QB];
+      TGA_UNROLL for (int q = 0; q < QB; ++q) factor[q] = set1<A>(scores(i + q)[j]);
       TGA_UNROLL for (int v = 0; v < NV; ++v) {
-        if (next != 0) __builtin_prefetch(row + v * W + next, 0, 2);
         const Vec<A> y = load_n(row + v * W, NV > 1 ? W : n);
-        TGA_UNROLL for (int q = 0; q < QB; ++q) x[q][v] = fma(set1<A>(scores(i + q)[j]), y, x[q][v]);
+        TGA_UNROLL for (int q = 0; q < QB; ++q) x[q][v] = fma(factor[q], y, x[q][v]);
       }
     }
     TGA_UNROLL for (int q = 0; q < QB; ++q) TGA_UNROLL for (int v = 0; v < NV; ++v) store(o[q] + d + v * W, x[q][v]);
@@ -160,6 +162,10 @@ class KeyBlock {
     }
   }
 
+  // Whether the `pass`-th over the block fetches beside its `item`. The passes take turns, so that what is fetched comes
+  // evenly: a block's worth at once would fill the queue of a first-level cache and stop the products.
+  bool fetches(int pass, int item) const { return ((item ^ pass) & turns_) == 0; }
+
   // The same sums as of a tile, one by one.
   void add_single(const T* keys) {
     for (int i = 0; i < queries_; ++i)
@@ -179,7 +185,7 @@ class KeyBlock {
     for (int i = 0; i < queries_; i += QB)
       for (int j = 0; j < count; j += KB) {
         A sums[W];
-        store(sums, tile<QB, KB>(query_ + i * dim_, key + j, keys, i == 0 ? ahead_ * p_.key.row : 0));
+        store(sums, tile<QB, KB>(query_ + i * dim_, key + j, keys, fetches(i / QB, j / KB) ? ahead_.key : 0));
         TGA_UNROLL for (int a = 0; a < QB; ++a) __builtin_memcpy(scores(i + a) + j, sums + a * KB, sizeof(A) * KB);
       }
   }
@@ -212,7 +218,9 @@ class KeyBlock {
   T* zeros_;                    // [head_dim and a vector]
   const Lanes* lanes_ = nullptr;
   const Offsets* batch_ = nullptr;
-  int64_t head_ = 0, ahead_ = 0;
+  int64_t head_ = 0;
+  Ahead ahead_{};
+  int turns_ = 0;  // a power of two less one: at most as many as there are kQueries in the queries
 };
 
 template <class T, class A>
@@ -226,13 +234,16 @@ class FewQueriesForward {
         queries_(static_cast<int>(group_ * p.q_len)),
         stride_(KeyBlock<T, A>::padded(p.value_dim) + 2),
         block_(p, queries_, c),
+        tiny_(p, c),
         states_(c.take<A>(queries_ * stride_)) {}
 
   void run(const ForwardUnitOfWork& w) {
     lanes_.fill(0, queries_, p_.q_len, 1);
     block_.prepare(lanes_);
+    tiny_.prepare();
     for_rows<T>(p_, w.outer, w.row_begin, w.row_end, [&](const Offsets& batch, int64_t r) {
       const Visibility<int64_t> visible = visibility(p_, batch.key_lengths);
+      if (TinyRow<T, A>::fits(p_)) return run_tiny_row(batch, visible);
       const Range<int64_t> keys = visible.keys_of(lanes_.rows).within(w.keys);
       for (int64_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
         add_keys(batch, kv_head, visible, keys);
@@ -267,6 +278,16 @@ class FewQueriesForward {
     return reinterpret_cast<A*>(w.state + (r - w.row_begin) * state_bytes()) + kv_head * queries_ * stride_;
   }
 
+  void run_tiny_row(const Offsets& batch, const Visibility<int64_t>& visible) {
+    for (int64_t head = 0; head < p_.heads; ++head) {
+      const int g = static_cast<int>(head % tiny_.heads);
+      if (g == 0) tiny_.add_keys(batch, visible, head);
+      tiny_.add_values(g, o(0));
+      sum(0) = tiny_.sum(g), shift(0) = tiny_.shift(g);
+      finish(batch, head);
+    }
+  }
+
   void add_keys(const Offsets& batch, int64_t kv_head, const Visibility<int64_t>& visible, const Range<int64_t>& keys) {
     for (int i = 0; i < queries_; ++i) {
       for (int64_t d = 0; d < stride_ - 2; d += W) store(o(i) + d, Vec<A>{});
@@ -275,11 +296,20 @@ class FewQueriesForward {
     const int64_t step = block_.most_keys;
     block_.start(batch, kv_head * group_);
     for (int64_t first = keys.begin; first < keys.end; first += step) {
-      block_.fill(visible, Range<int64_t>{first, first + step}.within(keys), first + step < keys.end,
+      block_.fill(visible, Range<int64_t>{first, first + step}.within(keys), ahead(first, keys, kv_head),
                   at<const T>(p_.key, batch.key, kv_head));
       for (int i = 0; i < queries_; ++i) softmax(i);
       add_values(at<const T>(p_.value, batch.value, kv_head));
     }
+  }
+
+  // The next block is this head's, or the first of the next head.
+  typename KeyBlock<T, A>::Ahead ahead(int64_t first, const Range<int64_t>& keys, int64_t kv_head) const {
+    const int64_t next = first + block_.most_keys;
+    if (next < keys.end) return {block_.most_keys * p_.key.row, block_.most_keys * p_.value.row};
+    if (kv_head + 1 == p_.kv_heads || p_.k_len <= kFewKeys) return {};
+    const int64_t back = first - keys.begin;
+    return {p_.key.head - back * p_.key.row, p_.value.head - back * p_.value.row};
   }
 
   // Scores of the block to probabilities, their sum to the query's.
@@ -375,5 +405,6 @@ class FewQueriesForward {
   const int64_t stride_;  // between states
   Lanes lanes_;
   KeyBlock<T, A> block_;
+  TinyRow<T, A> tiny_;
   A* states_;  // [query][value_dim, padded; sum; shift]
 };

@@ -43,6 +43,8 @@ struct CpuKernels {
   void (*gate_output_backward)(DType, char* const* data, const int64_t* strides, int64_t n);
 };
 
-extern const CpuKernels kKernelsDefault, kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Bf16;
+extern const CpuKernels kKernelsDefault;
+extern const CpuKernels kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Bf16;  // x86-64
+extern const CpuKernels kKernelsNeon;                                      // aarch64
 
 }  // namespace torch_gated_attn

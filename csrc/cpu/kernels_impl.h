@@ -18,6 +18,7 @@
 #include "keys.h"
 #include "forward_unit.h"
 #include "backward_unit.h"
+#include "tiny_rows.h"
 #include "few_queries_forward.h"
 #include "few_queries_backward.h"
 #include "parts.h"

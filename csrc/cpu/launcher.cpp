@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The CPU kernels of the dispatcher: checks, allocation, threads.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -15,6 +14,7 @@
 #include "dispatch.h"
 #include "ordered_sum.h"
 #include "schedule.h"
+#include "threads.h"
 
 namespace torch_gated_attn {
 namespace {
@@ -40,7 +40,7 @@ void run_units(int64_t units, int64_t scratch_bytes, const F& f) {
   // Once per call: the page faults of fresh memory would cost more than a tile's arithmetic.
   const at::Tensor scratch = prefer_huge_pages(at::empty({threads, scratch_bytes}, at::kByte));
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t i; (i = next.fetch_add(1)) < units;) f(i, static_cast<char*>(scratch.data_ptr()) + t * scratch_bytes);
   });
@@ -91,7 +91,8 @@ Gradients backward_cpu(const BackwardArguments& a) {
   // Parts of the gradients of key and value, [part][unit][row][K][dimension], where the queries are shared out.
   const auto part_tensor = [&](const View& wanted, int64_t dim) {
     const bool needed = schedule.parts > 1 && wanted.data;
-    return at::empty({needed ? schedule.parts : 0, schedule.part_rows(p), p.k_len, dim}, a.row_sum.options());
+    return prefer_huge_pages(
+        at::empty({needed ? schedule.parts : 0, schedule.part_rows(p), p.k_len, dim}, a.row_sum.options()));
   };
   const at::Tensor d_key = part_tensor(p.d_key, p.head_dim), d_value = part_tensor(p.d_value, p.value_dim);
   const int64_t k_row = p.k_len * p.head_dim * d_key.element_size(), v_row = p.k_len * p.value_dim * d_value.element_size();

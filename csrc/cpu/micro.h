@@ -3,7 +3,7 @@
 // The three products, register-blocked. Layouts: a transposed tile is [dimension or key][block], a lane per query; key,
 // value and accumulator rows have their dimensions contiguous.
 
-#if defined(TGA_AVX512)
+#if defined(TGA_AVX512) || defined(TGA_NEON)
 constexpr int kMicroKeys = 8;  // 8 keys x 2 vectors = 16 accumulators of 32 registers
 #else
 constexpr int kMicroKeys = 4;  // 4 keys x 2 vectors = 8 accumulators of 16 registers
@@ -20,7 +20,16 @@ struct VecOf<Pair> {
 TGA_INLINE VecF mul_add(VecF a, VecF b, VecF c) { return fma(a, b, c); }
 TGA_INLINE VecD mul_add(VecD a, VecD b, VecD c) { return fma(a, b, c); }
 #if defined(TGA_AVX512_BF16)
-TGA_INLINE VecF mul_add(VecI a, VecI b, VecF c) { return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+TGA_INLINE VecF mul_add(VecI a, VecI b, VecF c) {
+#if defined(__clang__)
+  __asm__("" : "+v"(a));  // LLVM 16 recurses without end where it sees that this is one pair in all lanes
+#endif
+  return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+#if defined(TGA_NEON)
+#include "micro_neon.h"
 #endif
 
 // s[j][lane] += sum_d rows[j][d] * lanes[d][lane]
@@ -29,7 +38,11 @@ TGA_INLINE void add_dot(Vec<A> (&s)[kMicroKeys][NQ], const O* const* rows, const
   constexpr int W = kLanes<O>;
   const O* r[kMicroKeys];
   TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) r[j] = rows[j];
-  _Pragma("GCC unroll 4") for (int64_t d = 0; d < dim; ++d) {
+  int64_t d = 0;
+#if defined(TGA_NEON)
+  for (; d + W <= dim; d += W) add_dot_by_lane<A, O, NQ>(s, r, lanes, d);
+#endif
+  _Pragma("GCC unroll 4") for (; d < dim; ++d) {
     Vec<O> x[NQ];
     TGA_UNROLL for (int u = 0; u < NQ; ++u) x[u] = load(lanes + (d * NQ + u) * W);
     TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) {
@@ -58,6 +71,9 @@ TGA_INLINE void add_outer(A* acc, const Vec<O> (&p)[kMicroKeys][NQ], const O* co
   const O* r[kMicroKeys];
   TGA_UNROLL for (int j = 0; j < kMicroKeys; ++j) r[j] = rows[j];
   int64_t d = 0;
+#if defined(TGA_NEON)
+  for (; d + kLanes<O> <= dim; d += kLanes<O>) add_outer_by_lane<A, O, NQ>(acc, p, r, d);
+#endif
   for (; d + 2 <= dim; d += 2) add_outer_step<A, O, NQ, 2>(acc, p, r, d);
   if (d < dim) add_outer_step<A, O, NQ, 1>(acc, p, r, d);
 }
@@ -81,7 +97,11 @@ TGA_INLINE void add_rows_step(A* acc, const O* tile, int block, const O* rows, i
   constexpr int W = kLanes<A>;
   Vec<A> c[JB][NV];
   TGA_UNROLL for (int j = 0; j < JB; ++j) TGA_UNROLL for (int n = 0; n < NV; ++n) c[j][n] = load(acc + j * stride + n * W);
-  _Pragma("GCC unroll 2") for (int64_t i = 0; i < lanes; i += INTERLEAVE) {
+  int64_t i = 0;
+#if defined(TGA_NEON)
+  for (; i + kLanes<O> <= lanes; i += kLanes<O>) add_rows_by_lane<A, O, NV, JB>(c, tile, block, rows, stride, i);
+#endif
+  _Pragma("GCC unroll 2") for (; i < lanes; i += INTERLEAVE) {
     Vec<O> x[NV];
     TGA_UNROLL for (int n = 0; n < NV; ++n) x[n] = load(rows + i / INTERLEAVE * stride + n * W);
     TGA_UNROLL for (int j = 0; j < JB; ++j) {
@@ -97,6 +117,8 @@ template <class A, class O, int INTERLEAVE, int NV>
 TGA_INLINE void add_rows_strip(A* acc, const O* tile, int block, const O* rows, int count, int lanes, int64_t stride) {
 #if defined(TGA_AVX512)
   constexpr int JB = NV == 1 ? 16 : NV <= 3 ? 8 : 4;  // 16 to 24 accumulators
+#elif defined(TGA_NEON)
+  constexpr int JB = NV <= 2 ? 8 : 4;  // 8 to 16 accumulators, and as many registers for the lanes of the tile as JB
 #else
   constexpr int JB = NV == 1 ? 8 : 4;  // 8 to 12 accumulators
 #endif
@@ -115,7 +137,8 @@ static inline void add_rows(A* acc, const O* tile, int block, const O* rows, int
 #else
   constexpr int kWide = 2;
 #endif
-  for (int64_t n = 0, left = stride / W; left > 0;) {
+  int64_t n = 0, left = stride / W;
+  while (left > 0) {
     const auto strip = [&](auto vectors) {
       add_rows_strip<A, O, INTERLEAVE, vectors.value>(acc + n * W, tile, block, rows + n * W, count, lanes, stride);
       n += vectors.value;

@@ -2,11 +2,12 @@
 #include "ordered_sum.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <vector>
+
+#include "threads.h"
 
 namespace torch_gated_attn {
 namespace {
@@ -15,7 +16,7 @@ namespace {
 template <class Part, class Out>
 void sum_parts(const Part* parts, int64_t count, int64_t n, Out* out) {
   constexpr int64_t kChunk = 4096;  // sums on the stack, 32 KiB at most
-  at::parallel_for(0, (n + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
+  parallel_for((n + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end) {
     double sum[kChunk];
     for (int64_t first = begin * kChunk; first < std::min(n, end * kChunk); first += kChunk) {
       const int64_t length = std::min(kChunk, n - first);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Vector registers of float and double for one instruction set. Included inside the namespace of that set, after its
-// `#pragma GCC target`; the including file defines TGA_AVX512 or TGA_AVX2, or neither for the portable path (GCC vector
+// TGA_TARGET_BEGIN; the including file defines TGA_AVX512, TGA_AVX2 or TGA_NEON, or none for the portable path (GCC vector
 // extensions: SSE2 on x86, NEON on aarch64). Everything is always_inline, so no code of a newer instruction set can be
 // picked by the linker for an older machine.
 
@@ -85,10 +85,24 @@ TGA_INLINE bool any_greater(VecD a, VecD b) {
   return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
 }
 #else
+#if defined(TGA_NEON)
+TGA_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+TGA_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+// a times lane L of b, plus c: no instruction and no register for a broadcast.
+template <int L>
+TGA_INLINE VecF mul_add_lane(VecF a, VecF b, VecF c) {
+  return (VecF)vfmaq_laneq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b, L);
+}
+template <int L>
+TGA_INLINE VecD mul_add_lane(VecD a, VecD b, VecD c) {
+  return (VecD)vfmaq_laneq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b, L);
+}
+#else
 template <class V>
 TGA_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
+#endif
 template <class V>
 TGA_INLINE V max(V a, V b) {
   return a > b ? a : b;
@@ -126,6 +140,19 @@ TGA_INLINE auto max_lane(V a) {
 }
 #endif
 
+// x within [low, high]; NaN stays NaN.
+template <class V>
+TGA_INLINE V clamp(V x, V low, V high) {
+#if defined(TGA_NEON)  // whose own maximum and minimum keep NaN; max and min above are two instructions each
+  if constexpr (sizeof(x[0]) == 4)
+    return (V)vmaxq_f32((float32x4_t)low, vminq_f32((float32x4_t)high, (float32x4_t)x));
+  else
+    return (V)vmaxq_f64((float64x2_t)low, vminq_f64((float64x2_t)high, (float64x2_t)x));
+#else
+  return max(low, min(high, x));  // this order keeps NaN
+#endif
+}
+
 // While it lives, results below the smallest normal number are 0 on this thread.
 class FlushToZero {
 #if defined(TGA_AVX512)
@@ -135,6 +162,18 @@ class FlushToZero {
 
  private:
   const unsigned before_;
+#elif defined(TGA_NEON)
+ public:
+  FlushToZero() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    write(before_ | kFlushToZero);
+  }
+  ~FlushToZero() { write(before_); }
+
+ private:
+  static constexpr uint64_t kFlushToZero = 1 << 24;  // operands below the smallest normal number are 0, too
+  static void write(uint64_t fpcr) { __asm__ volatile("msr fpcr, %0" : : "r"(fpcr)); }
+  uint64_t before_;
 #else
  public:
   FlushToZero() {}  // a constructor, so that an unused object is no warning

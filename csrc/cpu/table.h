@@ -49,3 +49,12 @@ static inline void build_table(Table<A>& table, const Problem& p, const Offsets&
     if (p.bias_dtype == DType::kFloat32) return table.build(at<const float>(p.bias, batch.bias, head), lanes, keys);
   table.build(at<const T>(p.bias, batch.bias, head), lanes, keys);
 }
+
+// The logit that a bias adds, in log2 units.
+template <class T, class A>
+TGA_INLINE A bias_logit(const Problem& p, int64_t offset) {
+  if (!p.bias.data) return 0;
+  if (sizeof(T) == 2 && p.bias_dtype == DType::kFloat32)
+    return log2_logit<A>(set1<A>(static_cast<const float*>(p.bias.data)[offset]))[0];
+  return log2_logit<A>(set1<A>(load_one(static_cast<const T*>(p.bias.data) + offset)))[0];
+}

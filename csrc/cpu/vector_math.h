@@ -58,7 +58,7 @@ TGA_INLINE Vec<A> exp2(Vec<A> x) {
                                 0.0013333558146428441,  0.009618129107628477,
                                 0.055504108664821576,   0.2402265069591007,
                                 0.6931471805599453,     1.0};
-  x = max(set1<A>(kSmallestExponent<A>), min(set1<A>(kLargestExponent<A>), x));  // this order keeps NaN
+  x = clamp(x, set1<A>(kSmallestExponent<A>), set1<A>(kLargestExponent<A>));
   const Vec<A> rounded = x + set1<A>(kRoundMagic<A>);
   const Vec<A> fraction = x - (rounded - set1<A>(kRoundMagic<A>));
   const Vec<A> power = (Vec<A>)((VecBits<A>)rounded << kMantissaBits<A>);

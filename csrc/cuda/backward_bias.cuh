@@ -127,7 +127,7 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
     const BlockSight sight(p, slab, panel, head, first_query / T::kRows * T::kRows, T::kRows);
     mask_bits.build(sight, rows, first_key);
     ring.restart();
-    ring.point_at(p, half_rows<T>(p.key, slab, panel, kv_head), half_rows<T>(p.value, slab, panel, kv_head));
+    ring.point_at(p, operand_rows<T>(p.key, slab, panel, kv_head), operand_rows<T>(p.value, slab, panel, kv_head));
     ring.begin_tile(p, mask_bits, first_key, 0, 0);
     int copied = 0;  // batch rows that the ring has passed
     const auto issue = [&](int row) {
@@ -145,13 +145,12 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
       const int row = following;
       following = mask_bits.next(row + 1, rows);
       const int64_t batch_row = panel + row, entry = scratch_entry(p, slab_number, batch_row, head);
-      uint32_t query[T::kSteps][4], grad[T::kSteps][4];
-      load_rows<T::kSteps>(query, half_rows<T>(p.query, slab, batch_row, head), p.query.row, first_query, p.q_len,
-                           p.head_dim, !T::kGeneral || p.aligned);
-      load_rows<T::kSteps>(grad, p.core_grad + entry * p.q_padded * T::kHeadDim, T::kHeadDim, first_query, p.q_padded,
-                           T::kHeadDim, true);
-      if (!T::kGeneral && p.scale < 0) {
-        negate<T::kSteps>(query);
+      uint32_t query[T::kFragments][4], grad[T::kFragments][4];
+      load_rows<T>(query, operand_rows<T>(p.query, slab, batch_row, head), p.query.row, first_query, p.q_len, p.head_dim,
+                   !T::kGeneral || p.aligned);
+      load_rows<T>(grad, core_grad_rows<T>(p, entry, 0), T::kHeadDim, first_query, p.q_padded, T::kHeadDim, true);
+      if (!T::kLogits && p.scale < 0) {
+        negate(query);
       }
       const RowTerms terms[2] = {load_row_terms(p.row_terms + entry * p.q_padded * 4, first_query + lane.row),
                                  load_row_terms(p.row_terms + entry * p.q_padded * 4, first_query + lane.row + 8)};
@@ -185,13 +184,8 @@ backward_bias_kernel(TGA_PARAMS BackwardParams p) {
           load_rows_as_columns<T::kSteps, T::kRowBytes>(key_rows, keys, n * 8);
           load_rows_as_columns<T::kSteps, T::kRowBytes>(value_rows, values, n * 8);
         }
-        if constexpr (T::kBiasFragments) {
-          multiply<T::kType, T::kSteps>(score, query, key_rows, n, bias[n][0]);
-        } else {
-          const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          multiply<T::kType, T::kSteps>(score, query, key_rows, n, zero);
-        }
-        multiply<T::kType, T::kSteps>(d_prob, grad, value_rows, n, negative_delta);
+        score_pairs<T>(score, query, key_rows, n, bias[n][0], factor);
+        multiply<T>(d_prob, grad, value_rows, n, negative_delta);
         uint32_t attended[2];
         TGA_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -246,11 +240,7 @@ reduce_bias_kernel(TGA_PARAMS BackwardParams p) {
   }
   const int64_t at = p.d_bias.offset(slab_index(p.batch, outer * p.batch.slabs_per_outer), 0, head) + query * p.d_bias.row +
                      key * p.d_bias.col;
-  if (p.d_bias_is_float) {
-    dev::store_global(static_cast<float*>(p.d_bias.data) + at, sum);
-  } else {
-    dev::store_global(static_cast<uint16_t*>(p.d_bias.data) + at, static_cast<uint16_t>(dev::pack<kType>(sum, 0.0f)));
-  }
+  store_value<kType>(p.d_bias.data, at, sum, p.d_bias_is_float);
 }
 
 }  // namespace torch_gated_attn::cuda

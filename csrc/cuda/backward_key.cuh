@@ -19,19 +19,20 @@ namespace torch_gated_attn::cuda {
 template <class T>
 class QueryRing {
   using Copy = TileCopy<T, T::kThreads>;
+  static constexpr int kRowBytes = T::kHeadDim * static_cast<int>(sizeof(typename T::Element));  // of dO
 
  public:
   static constexpr uint32_t kTermBytes = T::kBlock * 16;
   static constexpr uint32_t kStageBytes = 2 * T::kTileBytes + kTermBytes;
 
   TGA_DEVICE QueryRing(const BackwardParams& p, int thread, uint32_t base)
-      : copy_(thread), thread_(thread), base_(base), query_bytes_(chunk_bytes(copy_.chunk, p.head_dim)) {}
+      : copy_(thread), thread_(thread), base_(base), query_bytes_(chunk_bytes<T>(copy_.chunk, p.head_dim)) {}
 
   // Begins with the queries of a head from `first` on; `exists` false brings zeros.
-  TGA_DEVICE void begin(const BackwardParams& p, const uint16_t* query, int64_t entry, int first, bool exists) {
+  TGA_DEVICE void begin(const BackwardParams& p, const typename T::Element* query, int64_t entry, int first, bool exists) {
     row_ = first + copy_.row;
-    query_ = reinterpret_cast<const char*>(query + row_ * p.query.row + copy_.chunk * 8);
-    grad_ = reinterpret_cast<const char*>(p.core_grad + (entry * p.q_padded + row_) * T::kHeadDim + copy_.chunk * 8);
+    query_ = reinterpret_cast<const char*>(query + row_ * p.query.row + copy_.chunk * T::kChunk);
+    grad_ = reinterpret_cast<const char*>(core_grad_rows<T>(p, entry, row_) + copy_.chunk * T::kChunk);
     terms_ = reinterpret_cast<const char*>(p.row_terms + (entry * p.q_padded + first + thread_) * 4);
     write_ = read_ = base_;
     end_ = exists ? p.q_len : 0;
@@ -45,16 +46,16 @@ class QueryRing {
         continue;
       }
       const uint32_t at = write_ + copy_.shared_offset + pass * kStep * T::kRowBytes;
-      copy_chunk<!T::kGeneral>(at, query_ + row_offset<T::kGeneral>(pass * kStep, p.query.row),
+      copy_chunk<!T::kGeneral>(at, query_ + row_offset<T>(pass * kStep, p.query.row),
                                row_ + pass * kStep < end_ ? query_bytes_ : 0, p.aligned);
-      dev::copy_async(at + T::kTileBytes, grad_ + pass * kStep * T::kHeadDim * 2, true);
+      dev::copy_async(at + T::kTileBytes, grad_ + pass * kStep * kRowBytes, true);
     }
     if (thread_ < T::kBlock) {
       dev::copy_async(write_ + 2 * T::kTileBytes + thread_ * 16, terms_, true);
     }
     row_ += T::kBlock;
-    query_ += row_offset<T::kGeneral>(T::kBlock, p.query.row);
-    grad_ += T::kBlock * T::kHeadDim * 2;
+    query_ += row_offset<T>(T::kBlock, p.query.row);
+    grad_ += T::kBlock * kRowBytes;
     terms_ += kTermBytes;
     advance(write_);
   }
@@ -106,10 +107,10 @@ TGA_DEVICE void add_mean_rows(float (&d_value)[T::kRowTiles][T::kCols][4], const
     if (load_row_terms(p.row_terms + entry * p.q_padded * 4, query).shift != INFINITY) {
       continue;
     }
-    const uint16_t* row = p.core_grad + (entry * p.q_padded + query) * T::kHeadDim + lane.pair * 2;
+    const typename T::Element* row = core_grad_rows<T>(p, entry, query);
     TGA_UNROLL
     for (int n = 0; n < T::kCols; ++n) {
-      const Float2 v = dev::unpack<T::kType>(dev::load_global<uint32_t>(row + n * 8));
+      const Float2 v = load_values<T::kType>(row, n * 8 + lane.pair * 2, T::kHeadDim, true);
       sum[n][0] += v.x;
       sum[n][1] += v.y;
     }
@@ -156,6 +157,16 @@ TGA_DEVICE KeyPlace key_place(const BackwardParams& p) {
   return place;
 }
 
+// The bias of a head as C operands, from the query `first_query` on.
+template <class T>
+TGA_DEVICE auto key_bias(const BackwardParams& p, const KeyPlace& place, int head, int first_query) {
+  if constexpr (T::kTf32) {
+    return BiasColumns<T>(p, element(p.bias.data, p.bias.offset(place.slab, 0, head), true), place.first_key, first_query);
+  } else {
+    return BiasAlongQueries<T>(p, bias_entry(p, place.slab_number, head), place.first_key, first_query);
+  }
+}
+
 template <class T>
 TGA_KERNEL(T::kBlockThreads, 1)
 backward_key_kernel(TGA_PARAMS BackwardParams p) {
@@ -189,24 +200,24 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     }
   }
 
-  uint32_t key[T::kRowTiles][T::kSteps][4], value[T::kRowTiles][T::kSteps][4];
+  uint32_t key[T::kRowTiles][T::kFragments][4], value[T::kRowTiles][T::kFragments][4];
   float d_key[T::kRowTiles][T::kCols][4], d_value[T::kRowTiles][T::kCols][4];
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
-    load_rows<T::kSteps>(key[m], half_rows<T>(p.key, slab, row, kv_head), p.key.row, first_key + m * 16,
-                         exists ? p.k_len : 0, p.head_dim, !T::kGeneral || p.aligned);
-    load_rows<T::kSteps>(value[m], half_rows<T>(p.value, slab, row, kv_head), p.value.row, first_key + m * 16,
-                         exists ? p.k_len : 0, p.value_dim, !T::kGeneral || p.aligned);
+    load_rows<T>(key[m], operand_rows<T>(p.key, slab, row, kv_head), p.key.row, first_key + m * 16, exists ? p.k_len : 0,
+                 p.head_dim, !T::kGeneral || p.aligned);
+    load_rows<T>(value[m], operand_rows<T>(p.value, slab, row, kv_head), p.value.row, first_key + m * 16,
+                 exists ? p.k_len : 0, p.value_dim, !T::kGeneral || p.aligned);
     TGA_UNROLL
-    for (int step = 0; step < T::kSteps; ++step) {
+    for (int step = 0; step < T::kFragments; ++step) {
       TGA_UNROLL
       for (int i = 0; i < 4; ++i) {
         key[m][step][i] = attended[m][i % 2] ? key[m][step][i] : 0u;
         value[m][step][i] = attended[m][i % 2] ? value[m][step][i] : 0u;
       }
     }
-    if (!T::kGeneral && p.scale < 0) {
-      negate<T::kSteps>(key[m]);
+    if (!T::kLogits && p.scale < 0) {
+      negate(key[m]);
     }
     TGA_UNROLL
     for (int n = 0; n < T::kCols; ++n) {
@@ -223,7 +234,7 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     dev::sync_block();  // the last run's tiles are no longer read
     const KeyPlace here = key_place<T>(p);
     const bool here_exists = here.row < p.batch.rows;
-    ring.begin(p, half_rows<T>(p.query, here.slab, here.row, head),
+    ring.begin(p, operand_rows<T>(p.query, here.slab, here.row, head),
                scratch_entry(p, here.slab_number, here_exists ? here.row : 0, head), begin * T::kBlock, here_exists);
     const auto issue = [&](int tile) {
       if (tile < end) {
@@ -235,12 +246,12 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     for (int i = 0; i < T::kStages - 1; ++i) {
       issue(begin + i);
     }
-    BiasAlongQueries<T> bias_rows(p, bias_entry(p, here.slab_number, head), here.first_key, begin * T::kBlock);
+    auto bias_rows = key_bias<T>(p, here, head, begin * T::kBlock);
     const GeneralBias<T::kType> general_bias(p, here.slab, here.row, head);
     // Waits for a tile; whether it has a low row.
     const auto arrive = [&](int tile) {
       dev::wait_copies<T::kStages - 2>();
-      const bool low = dev::sync_block_any(!T::kGeneral && ring.has_low_row());
+      const bool low = dev::sync_block_any(!T::kLogits && ring.has_low_row());
       issue(tile + T::kStages - 1);
       return low;
     };
@@ -266,12 +277,16 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
       }
       TGA_UNROLL
       for (int j = 0; j < T::kBlock / 16; ++j) {
+        // The branch also keeps the compiler from running two rounds side by side, for which float32 has no registers.
+        if (T::kTf32 && tile * T::kBlock + j * 16 >= p.q_len) {
+          break;
+        }
         float bias[T::kRowTiles][2][4];
         TGA_UNROLL
         for (int m = 0; T::kBiasFragments && m < T::kRowTiles; ++m) {
           bias_rows.load(bias[m], j * 16, m);
         }
-        uint32_t prob[T::kRowTiles][4], d_score[T::kRowTiles][4];
+        uint32_t prob[T::kRowTiles][T::kOperandWords], d_score[T::kRowTiles][T::kOperandWords];
         uint32_t query[(T::kSteps + 1) / 2][4], grad[(T::kSteps + 1) / 2][4];
         TGA_UNROLL
         for (int e = 0; e < 2; ++e) {
@@ -282,19 +297,14 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
           }
           TGA_UNROLL
           for (int m = 0; m < T::kRowTiles; ++m) {
-            if constexpr (T::kBiasFragments) {
-              multiply<T::kType, T::kSteps>(s[m], key[m], query, e, bias[m][e]);
-            } else {
-              const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-              multiply<T::kType, T::kSteps>(s[m], key[m], query, e, zero);
-            }
+            score_pairs<T, true>(s[m], key[m], query, e, bias[m][e], factor);
           }
           const Float4 delta = dev::load_shared<Float4>(terms + (2 * j + e) * 128);
           const Float2 shift = dev::load_shared<Float2>(terms + (2 * j + e) * 128 + 16);
           const float negative_delta[4] = {delta.x, delta.y, delta.z, delta.w};
           TGA_UNROLL
           for (int m = 0; m < T::kRowTiles; ++m) {
-            multiply<T::kType, T::kSteps>(d_prob[m], value[m], grad, e, negative_delta);
+            multiply<T>(d_prob[m], value[m], grad, e, negative_delta);
             float x[4], d[4];
             uint32_t attended_by[2] = {};
             if constexpr (kMasked) {
@@ -311,14 +321,12 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
               x[i] = probability<T, asking.value>(s[m][i], factor, i % 2 == 0 ? shift.x : shift.y);
               d[i] = score_grad<kMasked>(x[i], d_prob[m][i]);
             }
-            prob[m][2 * e] = dev::pack<T::kType>(x[0], x[1]);
-            prob[m][2 * e + 1] = dev::pack<T::kType>(x[2], x[3]);
-            d_score[m][2 * e] = dev::pack<T::kType>(d[0], d[1]);
-            d_score[m][2 * e + 1] = dev::pack<T::kType>(d[2], d[3]);
+            put_operand<T>(prob[m], e, x);
+            put_operand<T>(d_score[m], e, d);
           }
         }
-        accumulate_rows<T::kType, T::kCols, T::kRowBytes>(d_value, prob, grads, j * 16);
-        accumulate_rows<T::kType, T::kCols, T::kRowBytes>(d_key, d_score, queries, j * 16);
+        accumulate_rows<T>(d_value, prob, grads, j * 16);
+        accumulate_rows<T>(d_key, d_score, queries, j * 16);
       }
       bias_rows.next_tile();
     };
@@ -377,7 +385,8 @@ backward_key_kernel(TGA_PARAMS BackwardParams p) {
     if (to.data == nullptr) {
       return;
     }
-    uint16_t* const rows = static_cast<uint16_t*>(to.data) + to.offset(here.slab, here.row, here.kv_head);
+    typename T::Element* const rows =
+        static_cast<typename T::Element*>(to.data) + to.offset(here.slab, here.row, here.kv_head);
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       TGA_UNROLL

@@ -4,6 +4,7 @@
 #include "backward_bias.cuh"
 #include "backward_key.cuh"
 #include "backward_query.cuh"
+#include "dispatch.h"
 #include "kernels.h"
 #include "prepare.cuh"
 
@@ -34,16 +35,13 @@ void launch_bias_tile(const BackwardParams& p, void* stream) {
 // without a bias.
 template <DType kType, int kHeadDim, class F>
 auto with_query_tile(BiasAccess access, bool strip, F f) {
-  switch (access) {
-    case BiasAccess::kHalf:
-      return strip ? f(QueryTile<kType, kHeadDim, BiasAccess::kHalf, true>())
-                   : f(QueryTile<kType, kHeadDim, BiasAccess::kHalf, false>());
-    case BiasAccess::kFloat:
-      return strip ? f(QueryTile<kType, kHeadDim, BiasAccess::kFloat, true>())
-                   : f(QueryTile<kType, kHeadDim, BiasAccess::kFloat, false>());
-    case BiasAccess::kNone: return f(QueryTile<kType, kHeadDim, BiasAccess::kNone, false>());
-    default: return f(QueryTile<kType, kHeadDim, BiasAccess::kGeneral, false>());
-  }
+  return with_access<kType>(access, [&](auto a) {
+    if constexpr (a.value == BiasAccess::kHalf || a.value == BiasAccess::kFloat) {
+      return strip ? f(QueryTile<kType, kHeadDim, a.value, true>()) : f(QueryTile<kType, kHeadDim, a.value, false>());
+    } else {
+      return f(QueryTile<kType, kHeadDim, a.value, false>());
+    }
+  });
 }
 
 template <DType kType, int kHeadDim>
@@ -70,21 +68,16 @@ void launch_backward_query(const BackwardParams& p, BiasAccess access, bool stri
 
 template <DType kType, int kHeadDim>
 void launch_backward_key(const BackwardParams& p, BiasAccess access, void* stream) {
-  switch (access) {
-    case BiasAccess::kNone: return launch_key_tile<KeyTile<kType, kHeadDim, BiasAccess::kNone>>(p, stream);
-    case BiasAccess::kHalf: return launch_key_tile<KeyTile<kType, kHeadDim, BiasAccess::kHalf>>(p, stream);
-    case BiasAccess::kFloat: return launch_key_tile<KeyTile<kType, kHeadDim, BiasAccess::kFloat>>(p, stream);
-    case BiasAccess::kGeneral: return launch_key_tile<KeyTile<kType, kHeadDim, BiasAccess::kGeneral>>(p, stream);
-  }
+  with_access<kType>(access, [&](auto a) { launch_key_tile<KeyTile<kType, kHeadDim, a.value>>(p, stream); });
 }
 
 template <DType kType, int kHeadDim>
 void launch_backward_bias(const BackwardParams& p, BiasAccess access, void* stream) {
-  switch (access) {
-    case BiasAccess::kHalf: return launch_bias_tile<BiasTile<kType, kHeadDim, BiasAccess::kHalf>>(p, stream);
-    case BiasAccess::kFloat: return launch_bias_tile<BiasTile<kType, kHeadDim, BiasAccess::kFloat>>(p, stream);
-    default: return launch_bias_tile<BiasTile<kType, kHeadDim, BiasAccess::kGeneral>>(p, stream);
-  }
+  with_access<kType>(access, [&](auto a) {
+    if constexpr (a.value != BiasAccess::kNone) {
+      launch_bias_tile<BiasTile<kType, kHeadDim, a.value>>(p, stream);
+    }
+  });
 }
 
 template <DType kType, int kHeadDim>

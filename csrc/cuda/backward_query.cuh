@@ -38,7 +38,7 @@ struct QueryBlock {
 // One batch row's part of a team's registers.
 template <class T>
 struct QueryState {
-  uint32_t query[T::kRowTiles][T::kSteps][4], grad[T::kRowTiles][T::kSteps][4];
+  uint32_t query[T::kRowTiles][T::kFragments][4], grad[T::kRowTiles][T::kFragments][4];
   float d_query[T::kRowTiles][T::kCols][4];
   float shift[T::kRowTiles][2], negative_delta[T::kRowTiles][4];
 
@@ -49,12 +49,11 @@ struct QueryState {
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       const int first = first_query + m * 16;
-      load_rows<T::kSteps>(query[m], half_rows<T>(p.query, slab, batch_row, head), p.query.row, first, exists ? p.q_len : 0,
-                           p.head_dim, !T::kGeneral || p.aligned);
-      load_rows<T::kSteps>(grad[m], p.core_grad + entry * p.q_padded * T::kHeadDim, T::kHeadDim, first,
-                           exists ? p.q_padded : 0, T::kHeadDim, true);
-      if (!T::kGeneral && p.scale < 0) {
-        negate<T::kSteps>(query[m]);
+      load_rows<T>(query[m], operand_rows<T>(p.query, slab, batch_row, head), p.query.row, first, exists ? p.q_len : 0,
+                   p.head_dim, !T::kGeneral || p.aligned);
+      load_rows<T>(grad[m], core_grad_rows<T>(p, entry, 0), T::kHeadDim, first, exists ? p.q_padded : 0, T::kHeadDim, true);
+      if (!T::kLogits && p.scale < 0) {
+        negate(query[m]);
       }
       TGA_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -84,7 +83,8 @@ struct QueryState {
   TGA_DEVICE void store(const BackwardParams& p, const SlabIndex& slab, int64_t batch_row, int head,
                         int first_query) const {
     const Lane lane = this_lane();
-    uint16_t* const out = static_cast<uint16_t*>(p.d_query.data) + p.d_query.offset(slab, batch_row, head);
+    typename T::Element* const out =
+        static_cast<typename T::Element*>(p.d_query.data) + p.d_query.offset(slab, batch_row, head);
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
       TGA_UNROLL
@@ -185,13 +185,15 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
       state[r].load(p, place.slab, place.slab_number, team_row + r, head, first_query, team * T::kGroup + r < rows);
     }
     bool low = false;
-    TGA_UNROLL
-    for (int r = 0; r < T::kGroup; ++r) {
-      low |= state[r].has_low_row();
+    if constexpr (!T::kTf32) {
+      TGA_UNROLL
+      for (int r = 0; r < T::kGroup; ++r) {
+        low |= state[r].has_low_row();
+      }
+      low = dev::sync_block_any(low);
     }
-    low = dev::sync_block_any(low);
-    ring.point_at(p, half_rows<T>(p.key, place.slab, team_row, kv_head),
-                  half_rows<T>(p.value, place.slab, team_row, kv_head));
+    ring.point_at(p, operand_rows<T>(p.key, place.slab, team_row, kv_head),
+                  operand_rows<T>(p.value, place.slab, team_row, kv_head));
     const GeneralBias<T::kType> general_bias(p, place.slab, team_row, head);
     const Range<int> keys_seen = query_sight<T>(p, place, group_row).keys(rows);
 
@@ -286,7 +288,11 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
         }
         TGA_UNROLL
         for (int j = 0; j < T::kBlock / 16; ++j) {
-          uint32_t d_score[T::kGroup][T::kRowTiles][4];
+          // The branch also keeps the compiler from running two rounds side by side, for which float32 has no registers.
+          if (T::kTf32 && panel + static_cast<int>(key) + j * 16 >= p.k_len) {
+            break;
+          }
+          uint32_t d_score[T::kGroup][T::kRowTiles][T::kOperandWords];
           uint32_t key_rows[T::kGroup][(T::kSteps + 1) / 2][4], value_rows[T::kGroup][(T::kSteps + 1) / 2][4];
           [[maybe_unused]] uint32_t bias_words[T::kRowTiles][4];
           if constexpr (T::kBias == BiasAccess::kHalf) {
@@ -322,16 +328,11 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
               }
               TGA_UNROLL
               for (int m = 0; m < T::kRowTiles; ++m) {
-                if constexpr (T::kBiasFragments) {
-                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], key_rows[r], e, bias[m]);
-                } else {
-                  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                  multiply<T::kType, T::kSteps>(score[m], state[r].query[m], key_rows[r], e, zero);
-                }
+                score_pairs<T>(score[m], state[r].query[m], key_rows[r], e, bias[m], factor);
               }
               TGA_UNROLL
               for (int m = 0; m < T::kRowTiles; ++m) {
-                multiply<T::kType, T::kSteps>(d_prob[m], state[r].grad[m], value_rows[r], e, state[r].negative_delta[m]);
+                multiply<T>(d_prob[m], state[r].grad[m], value_rows[r], e, state[r].negative_delta[m]);
               }
               TGA_UNROLL
               for (int m = 0; m < T::kRowTiles; ++m) {
@@ -355,8 +356,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
                     d_bias[m][i] += d[i];
                   }
                 }
-                d_score[r][m][2 * e] = dev::pack<T::kType>(d[0], d[1]);
-                d_score[r][m][2 * e + 1] = dev::pack<T::kType>(d[2], d[3]);
+                put_operand<T>(d_score[r][m], e, d);
               }
             }
             TGA_UNROLL
@@ -370,8 +370,7 @@ backward_query_kernel(TGA_PARAMS BackwardParams p) {
             if (idle[r]) {
               continue;
             }
-            accumulate_rows<T::kType, T::kCols, T::kRowBytes>(state[r].d_query, d_score[r], stage + r * 2 * T::kTileBytes,
-                                                              j * 16);
+            accumulate_rows<T>(state[r].d_query, d_score[r], stage + r * 2 * T::kTileBytes, j * 16);
           }
         }
       };

@@ -8,7 +8,7 @@
 namespace torch_gated_attn::cuda {
 
 // Bias rows of this thread: bias / scale as the C operand of the first product, so that sharing it between batch rows is
-// free. A finite bias stays finite (rounding toward zero), -inf stays -inf.
+// free. A finite bias stays finite (rounding toward zero), -inf stays -inf. For float32 operands the bias as it is.
 template <class T>
 class BiasRows {
  public:
@@ -56,13 +56,15 @@ class BiasRows {
         } else if (first < k_len) {
           pair.x = read_one(rows_[m][i] + tile + offset);
         }
-        c[m][2 * i] = dev::multiply_toward_zero(pair.x, inverse_scale_);
-        c[m][2 * i + 1] = dev::multiply_toward_zero(pair.y, inverse_scale_);
+        c[m][2 * i] = scaled(pair.x);
+        c[m][2 * i + 1] = scaled(pair.y);
       }
     }
   }
 
  private:
+  TGA_DEVICE float scaled(float bias) const { return T::kTf32 ? bias : dev::multiply_toward_zero(bias, inverse_scale_); }
+
   static constexpr bool kIsFloat = T::kBias == BiasAccess::kFloat;
   using Element = std::conditional_t<kIsFloat, float, uint16_t>;
 
@@ -86,6 +88,46 @@ class BiasRows {
   const Element* rows_[T::kRowTiles][2];
   float inverse_scale_;
   PrivatePointers<T::kThreads, kInShared> kept_;
+};
+
+// The bias itself as C operands of the transposed scores, for the key tiles of one warp: a load to a score, which float32
+// operands make small beside their products.
+template <class T>
+class BiasColumns {
+ public:
+  // `data`: of the head's first query and key.
+  TGA_DEVICE BiasColumns(const AttentionParams& p, const void* data, int first_key, int first_query)
+      : data_(static_cast<const float*>(data)),
+        row_(p.bias.row),
+        q_len_(p.q_len),
+        query_(first_query + this_lane().pair * 2) {
+    TGA_UNROLL
+    for (int i = 0; i < 2 * T::kRowTiles; ++i) {
+      const int key = first_key + this_lane().row + 8 * i;
+      key_[i] = key < p.k_len ? key : p.k_len - 1;
+    }
+  }
+
+  // The 16 queries that begin at `query` of the tile, for key tile m: c[0] the first 8, c[1] the others. Rows and columns
+  // past the ends repeat the last.
+  TGA_DEVICE void load(float (&c)[2][4], int query, int m) const {
+    TGA_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      TGA_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int at = query_ + query + 8 * e + j;
+        const float* const row = data_ + (at < q_len_ ? at : q_len_ - 1) * row_;
+        c[e][j] = dev::load_global<float>(row + key_[2 * m]);
+        c[e][2 + j] = dev::load_global<float>(row + key_[2 * m + 1]);
+      }
+    }
+  }
+  TGA_DEVICE void next_tile() { query_ += T::kBlock; }
+
+ private:
+  const float* data_;
+  int64_t row_;
+  int q_len_, query_, key_[2 * T::kRowTiles];
 };
 
 // In place of BiasRows where the bias is not an operand of the product.

@@ -114,6 +114,19 @@ TGA_DEVICE uint32_t pack(float low, float high) {
   }
   return word;
 }
+// The bits of a float, and back.
+TGA_DEVICE uint32_t as_word(float x) { return __float_as_uint(x); }
+TGA_DEVICE float as_float(uint32_t word) { return __uint_as_float(word); }
+
+// d = a * b + c for a 16x8 tile a and an 8x8 tile b of TF32 numbers, floats whose lower 13 bits are zero, and float32
+// accumulators.
+TGA_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
 template <DType kType>
 TGA_DEVICE Float2 unpack(uint32_t word) {
   if constexpr (kType == DType::kBFloat16) {
@@ -190,6 +203,10 @@ TGA_DEVICE Float2 load_global<Float2>(const void* p) {
 template <class T>
 TGA_DEVICE void store_global(void* p, T value) {
   *static_cast<T*>(p) = value;
+}
+template <>
+TGA_DEVICE void store_global<Float2>(void* p, Float2 v) {
+  *static_cast<float2*>(p) = make_float2(v.x, v.y);
 }
 template <>
 TGA_DEVICE void store_global<Float4>(void* p, Float4 v) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Fused forward for bfloat16 and float16.
+// Fused forward for bfloat16 and float16, and for float32 by TF32 products.
 //
 // A block owns kRows queries of one head for kGroup batch rows that share the bias, and walks the key tiles; each query,
 // key, value and bias tile is read once per block, scores live in registers only. Inside a key tile the batch rows take
@@ -19,7 +19,7 @@ struct ForwardBlock {
   using Plan = TilePlan<T::kGroup, T::kBlock, T::kThreads>;
   using Ring = KeyValueRing<T, Plan, 1, T::kThreads>;
   using Pairs = PairBits<16 * T::kRowTiles, T::kBlock / 32>;
-  using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kSteps, T::kThreads, T::kStationaryInShared>;
+  using Queries = PrivateFragments<T::kGroup * T::kRowTiles, T::kFragments, T::kThreads, T::kStationaryInShared>;
   static constexpr uint32_t kRingBytes = Ring::kBytes + Ring::Pointers::kBytes;
   static constexpr uint32_t kPairs = Plan::kBytes + kRingBytes + Queries::kBytes + Ring::Pointers::kBytes;  // come last
   static constexpr uint32_t kSharedBytes = kPairs + T::kWarps * Pairs::kWarpBytes;
@@ -60,7 +60,7 @@ TGA_DEVICE BlockSight forward_sight(const AttentionParams& p, const ForwardPlace
 // Mean of all values of one batch row and head: what a fully masked row returns under masked_rows = "mean". Columns as in
 // the accumulators; the lanes of equal `pair` share the keys.
 template <class T>
-TGA_DEVICE void mean_of_values(float (&mean)[T::kCols][2], const uint16_t* value, const AttentionParams& p) {
+TGA_DEVICE void mean_of_values(float (&mean)[T::kCols][2], const typename T::Element* value, const AttentionParams& p) {
   const Lane lane = this_lane();
   TGA_UNROLL
   for (int n = 0; n < T::kCols; ++n) {
@@ -69,8 +69,8 @@ TGA_DEVICE void mean_of_values(float (&mean)[T::kCols][2], const uint16_t* value
   for (int key = lane.row; key < p.k_len; key += 8) {
     TGA_UNROLL
     for (int n = 0; n < T::kCols; ++n) {
-      const Float2 v = dev::unpack<T::kType>(
-          load_pair(value + key * p.value.row, n * 8 + lane.pair * 2, p.value_dim, !T::kGeneral || p.aligned));
+      const Float2 v =
+          load_values<T::kType>(value + key * p.value.row, n * 8 + lane.pair * 2, p.value_dim, !T::kGeneral || p.aligned);
       mean[n][0] += v.x;
       mean[n][1] += v.y;
     }
@@ -92,12 +92,13 @@ TGA_DEVICE void mean_of_values(float (&mean)[T::kCols][2], const uint16_t* value
 template <class T>
 TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, const ForwardPlace& place, int64_t batch_row,
                           int first_query) {
+  using Element = typename T::Element;
   const Lane lane = this_lane();
   const bool pairs_aligned = !T::kGeneral || p.aligned;
-  uint16_t* const out = static_cast<uint16_t*>(p.out.data) + p.out.offset(place.slab, batch_row, place.head);
-  const uint16_t* const gate =
+  Element* const out = static_cast<Element*>(p.out.data) + p.out.offset(place.slab, batch_row, place.head);
+  const Element* const gate =
       p.gate.data == nullptr ? nullptr
-                             : static_cast<const uint16_t*>(p.gate.data) + p.gate.offset(place.slab, batch_row, place.head);
+                             : static_cast<const Element*>(p.gate.data) + p.gate.offset(place.slab, batch_row, place.head);
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
     const float sums[2] = {state.total(m, 0), state.total(m, 1)};
@@ -106,7 +107,7 @@ TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, co
     const bool use_mean = p.mean_rows && dev::any(empty[0] || empty[1]);
     if (use_mean) {
       mean_of_values<T>(mean,
-                        static_cast<const uint16_t*>(p.value.data) +
+                        static_cast<const Element*>(p.value.data) +
                             p.value.offset(place.slab, batch_row, place.head / (p.heads / p.kv_heads)),
                         p);
     }
@@ -149,8 +150,8 @@ TGA_DEVICE void store_row(const RowState<T>& state, const AttentionParams& p, co
 // Scores of one batch row against a key tile, in the units softmax() multiplies by its factor.
 template <class T>
 TGA_DEVICE void score_tile(float (&score)[T::kRowTiles][T::kSubtiles][4], const typename ForwardBlock<T>::Queries& queries,
-                           int r, const float (&bias)[T::kSubtiles][T::kRowTiles][4], uint32_t keys) {
-  uint32_t query[T::kRowTiles][T::kSteps][4];
+                           int r, const float (&bias)[T::kSubtiles][T::kRowTiles][4], uint32_t keys, float factor) {
+  uint32_t query[T::kRowTiles][T::kFragments][4];
   TGA_UNROLL
   for (int m = 0; m < T::kRowTiles; ++m) {
     queries.get(r * T::kRowTiles + m, query[m]);
@@ -163,12 +164,7 @@ TGA_DEVICE void score_tile(float (&score)[T::kRowTiles][T::kSubtiles][4], const 
     }
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
-      if constexpr (T::kBiasFragments) {
-        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, n, bias[n][m]);
-      } else {
-        const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        multiply<T::kType, T::kSteps>(score[m][n], query[m], b, n, zero);
-      }
+      score_pairs<T>(score[m][n], query[m], b, n, bias[n][m], factor);
     }
   }
 }
@@ -177,6 +173,7 @@ template <class T>
 TGA_KERNEL(T::kThreads, 1)
 forward_kernel(TGA_PARAMS AttentionParams p) {
   using Block = ForwardBlock<T>;
+  using Element = typename T::Element;
   const ForwardPlace place = forward_place<T>(p);
   const Lane lane = this_lane();
   const int first_query = place.first_query;
@@ -189,15 +186,15 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
   typename Block::Queries queries(dev::shared_base() + Block::Plan::kBytes + Block::kRingBytes);
   TGA_UNROLL
   for (int r = 0; r < T::kGroup; ++r) {
-    const uint16_t* data =
-        static_cast<const uint16_t*>(p.query.data) + p.query.offset(place.slab, place.first_row + r, place.head);
+    const Element* data =
+        static_cast<const Element*>(p.query.data) + p.query.offset(place.slab, place.first_row + r, place.head);
     TGA_UNROLL
     for (int m = 0; m < T::kRowTiles; ++m) {
-      uint32_t query[T::kSteps][4];
-      load_rows<T::kSteps>(query, data, p.query.row, first_query + m * 16, r < rows ? p.q_len : 0, p.head_dim,
-                           !T::kGeneral || p.aligned);
-      if (!T::kGeneral && p.scale < 0) {
-        negate<T::kSteps>(query);
+      uint32_t query[T::kFragments][4];
+      load_rows<T>(query, data, p.query.row, first_query + m * 16, r < rows ? p.q_len : 0, p.head_dim,
+                   !T::kGeneral || p.aligned);
+      if (!T::kLogits && p.scale < 0) {
+        negate(query);
       }
       queries.put(r * T::kRowTiles + m, query);
     }
@@ -206,8 +203,8 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
 
   typename Block::Plan plan(dev::shared_base());
   typename Block::Ring ring(p, dev::thread_index(), dev::shared_base() + Block::Plan::kBytes);
-  ring.point_at(p, static_cast<const uint16_t*>(p.key.data) + p.key.offset(place.slab, place.first_row, kv_head),
-                static_cast<const uint16_t*>(p.value.data) + p.value.offset(place.slab, place.first_row, kv_head));
+  ring.point_at(p, static_cast<const Element*>(p.key.data) + p.key.offset(place.slab, place.first_row, kv_head),
+                static_cast<const Element*>(p.value.data) + p.value.offset(place.slab, place.first_row, kv_head));
   constexpr bool kFloatBias = T::kBias == BiasAccess::kFloat;
   FragmentBias<T> bias_rows(p.bias,
                             element(p.bias.data, p.bias.offset(place.slab, place.first_row, place.head), kFloatBias),
@@ -275,7 +272,7 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
           pairs.sync();
         }
         float score[T::kRowTiles][T::kSubtiles][4];
-        score_tile<T>(score, queries, r, bias, keys);
+        score_tile<T>(score, queries, r, bias, keys, factor);
         if constexpr (masked.value) {
           TGA_UNROLL
           for (int n = 0; n < T::kSubtiles; ++n) {
@@ -292,7 +289,7 @@ forward_kernel(TGA_PARAMS AttentionParams p) {
             }
           }
         }
-        uint32_t probabilities[T::kSubtiles / 2][T::kRowTiles][4];
+        uint32_t probabilities[T::kSubtiles / 2][T::kRowTiles][T::kOperandWords];
         TGA_UNROLL
         for (int m = 0; m < T::kRowTiles; ++m) {
           state[r].softmax(m, score[m], factor, probabilities);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include "dispatch.h"
 #include "forward.cuh"
 #include "kernels.h"
 
@@ -13,24 +14,17 @@ void launch_forward_tile(const AttentionParams& p, void* stream) {
               ForwardBlock<T>::kSharedBytes, stream, "the forward kernel");
 }
 
-template <DType kType, int kHeadDim, BiasAccess kBias>
-void launch_forward_biased(const AttentionParams& p, bool share_bias, void* stream) {
-  if (share_bias) {
-    launch_forward_tile<ForwardTile<kType, kHeadDim, kBias, true>>(p, stream);
-  } else {
-    launch_forward_tile<ForwardTile<kType, kHeadDim, kBias, false>>(p, stream);
-  }
-}
-
 template <DType kType, int kHeadDim>
 void launch_forward(const AttentionParams& p, BiasAccess access, bool share_bias, void* stream) {
-  switch (access) {
-    case BiasAccess::kNone: return launch_forward_tile<ForwardTile<kType, kHeadDim, BiasAccess::kNone, false>>(p, stream);
-    case BiasAccess::kHalf: return launch_forward_biased<kType, kHeadDim, BiasAccess::kHalf>(p, share_bias, stream);
-    case BiasAccess::kFloat: return launch_forward_biased<kType, kHeadDim, BiasAccess::kFloat>(p, share_bias, stream);
-    case BiasAccess::kGeneral:
-      return launch_forward_tile<ForwardTile<kType, kHeadDim, BiasAccess::kGeneral, false>>(p, stream);
-  }
+  with_access<kType>(access, [&](auto a) {
+    // In float32 tensor cores are the limit, not the bias: sharing it would save nothing.
+    if constexpr (kType != DType::kFloat32 && (a.value == BiasAccess::kHalf || a.value == BiasAccess::kFloat)) {
+      if (share_bias) {
+        return launch_forward_tile<ForwardTile<kType, kHeadDim, a.value, true>>(p, stream);
+      }
+    }
+    launch_forward_tile<ForwardTile<kType, kHeadDim, a.value, false>>(p, stream);
+  });
 }
 
 }  // namespace torch_gated_attn::cuda

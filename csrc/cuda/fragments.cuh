@@ -1,39 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Fragments and tiles: how 16-bit operands get from global memory to shared memory and to the registers of mma.m16n8k16.
+// Fragments and tiles: how operands get from global memory to shared memory and to the registers of mma.m16n8k16, or, by
+// tf32.cuh, of mma.m16n8k8.
 #pragma once
 
-#include "device.cuh"
-#include "tiles.h"
+#include "tf32.cuh"
 
 namespace torch_gated_attn::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-// This thread's place in a fragment: rows `row` and `row` + 8 of a 16-row tile, columns 2 * `pair` and 2 * `pair` + 1 of
-// an 8-column tile.
-struct Lane {
-  int index, row, pair;
-};
-TGA_DEVICE Lane this_lane() {
-  const int lane = dev::thread_index() % 32;
-  return {lane, lane / 4, lane % 4};
-}
-
-// Byte offset of 16-byte chunk `chunk` of row `row` in a shared tile. The exclusive or makes the 8 rows that one ldmatrix
-// reads at one chunk fall into 8 different bank groups. The pattern repeats every 8 rows: 8 * n rows on is 8 * n *
-// kRowBytes on.
-template <uint32_t kRowBytes>
-TGA_DEVICE uint32_t swizzled(int row, int chunk) {
-  if constexpr (kRowBytes == 32) {
-    return row * 32 + ((chunk ^ ((row >> 2) & 1)) << 4);
-  } else if constexpr (kRowBytes == 64) {
-    return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
-  } else {
-    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-  }
-}
 
 // Columns `col` and `col` + 1 of a row of `cols` values as one word; zero past the end. `pairs_aligned`: 4-byte loads are
 // allowed.
@@ -51,9 +27,8 @@ TGA_DEVICE uint32_t load_pair(const uint16_t* row, int col, int cols, bool pairs
   return word;
 }
 
-// Stores two values as columns `col` and `col` + 1.
 template <DType kType>
-TGA_DEVICE void store_pair(uint16_t* row, int col, int cols, bool pairs_aligned, float x, float y) {
+TGA_DEVICE void store_half_pair(uint16_t* row, int col, int cols, bool pairs_aligned, float x, float y) {
   const uint32_t word = dev::pack<kType>(x, y);
   if (pairs_aligned && col + 1 < cols) {
     dev::store_global<uint32_t>(row + col, word);
@@ -67,11 +42,62 @@ TGA_DEVICE void store_pair(uint16_t* row, int col, int cols, bool pairs_aligned,
   }
 }
 
-// A 16 x head_dim tile as the A operand of kSteps products, straight from global memory: it is read once, so shared memory
-// would only add a trip. Rows past `rows` are zero.
+// Stores two values as columns `col` and `col` + 1.
+template <DType kType>
+TGA_DEVICE void store_pair(ElementOf<kType>* row, int col, int cols, bool pairs_aligned, float x, float y) {
+  if constexpr (kType == DType::kFloat32) {
+    if (pairs_aligned && col + 1 < cols) {
+      dev::store_global(row + col, Float2{x, y});
+      return;
+    }
+    if (col < cols) {
+      dev::store_global(row + col, x);
+    }
+    if (col + 1 < cols) {
+      dev::store_global(row + col + 1, y);
+    }
+  } else {
+    store_half_pair<kType>(row, col, cols, pairs_aligned, x, y);
+  }
+}
+
+// Columns `col` and `col` + 1 of a row as numbers; zero past the end. `pairs_aligned`: one load may bring both.
+template <DType kType>
+TGA_DEVICE Float2 load_values(const ElementOf<kType>* row, int col, int cols, bool pairs_aligned) {
+  if constexpr (kType != DType::kFloat32) {
+    return dev::unpack<kType>(load_pair(row, col, cols, pairs_aligned));
+  } else {
+    if (pairs_aligned && col + 1 < cols) {
+      return dev::load_global<Float2>(row + col);
+    }
+    return {col < cols ? dev::load_global<float>(row + col) : 0.0f,
+            col + 1 < cols ? dev::load_global<float>(row + col + 1) : 0.0f};
+  }
+}
+template <DType kType>
+TGA_DEVICE float load_value(const ElementOf<kType>* at) {
+  if constexpr (kType != DType::kFloat32) {
+    return dev::unpack<kType>(dev::load_global<uint16_t>(at)).x;
+  } else {
+    return dev::load_global<float>(at);
+  }
+}
+
+// Stores element `at`, a float if `is_float` or else of kType.
+template <DType kType>
+TGA_DEVICE void store_value(void* data, int64_t at, float x, bool is_float) {
+  if constexpr (kType != DType::kFloat32) {
+    if (!is_float) {
+      dev::store_global(static_cast<uint16_t*>(data) + at, static_cast<uint16_t>(dev::pack<kType>(x, 0.0f)));
+      return;
+    }
+  }
+  dev::store_global(static_cast<float*>(data) + at, x);
+}
+
 template <int kSteps>
-TGA_DEVICE void load_rows(uint32_t (&fragment)[kSteps][4], const uint16_t* data, int64_t row_stride, int first_row,
-                          int rows, int cols, bool pairs_aligned) {
+TGA_DEVICE void load_half_rows(uint32_t (&fragment)[kSteps][4], const uint16_t* data, int64_t row_stride, int first_row,
+                               int rows, int cols, bool pairs_aligned) {
   const Lane lane = this_lane();
   TGA_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -85,6 +111,18 @@ TGA_DEVICE void load_rows(uint32_t (&fragment)[kSteps][4], const uint16_t* data,
         fragment[step][half * 2 + i] = row < rows ? load_pair(start, col, cols, pairs_aligned) : 0u;
       }
     }
+  }
+}
+
+// A 16 x head_dim tile as the A operand of T::kSteps products, straight from global memory: it is read once, so shared
+// memory would only add a trip. Rows past `rows` are zero.
+template <class T>
+TGA_DEVICE void load_rows(uint32_t (&fragment)[T::kFragments][4], const typename T::Element* data, int64_t row_stride,
+                          int first_row, int rows, int cols, bool pairs_aligned) {
+  if constexpr (T::kTf32) {
+    load_rows_tf32<T>(fragment, data, row_stride, first_row, rows, cols);
+  } else {
+    load_half_rows<T::kSteps>(fragment, data, row_stride, first_row, rows, cols, pairs_aligned);
   }
 }
 
@@ -193,10 +231,23 @@ TGA_DEVICE void load_rows_as_columns(uint32_t (&b)[(kSteps + 1) / 2][4], uint32_
   }
 }
 
-// acc += a * tile[first_row : first_row + 16, :], the tile's rows being the k dimension.
+// Puts values of the layout of accumulators into half e of a 16 x 16 A operand.
+template <class T>
+TGA_DEVICE void put_operand(uint32_t (&operand)[T::kOperandWords], int e, const float (&v)[4]) {
+  if constexpr (T::kTf32) {
+    operand[4 * e] = dev::as_word(v[0]);
+    operand[4 * e + 1] = dev::as_word(v[2]);
+    operand[4 * e + 2] = dev::as_word(v[1]);
+    operand[4 * e + 3] = dev::as_word(v[3]);
+  } else {
+    operand[2 * e] = dev::pack<T::kType>(v[0], v[1]);
+    operand[2 * e + 1] = dev::pack<T::kType>(v[2], v[3]);
+  }
+}
+
 template <DType kType, int kCols, uint32_t kRowBytes, int kRowTiles>
-TGA_DEVICE void accumulate_rows(float (&acc)[kRowTiles][kCols][4], const uint32_t (&a)[kRowTiles][4], uint32_t tile,
-                                int first_row) {
+TGA_DEVICE void accumulate_half_rows(float (&acc)[kRowTiles][kCols][4], const uint32_t (&a)[kRowTiles][4], uint32_t tile,
+                                     int first_row) {
   const int lane = dev::thread_index() % 32;
   const uint32_t first = tile + swizzled<kRowBytes>(lane % 16, lane / 16);
   TGA_UNROLL
@@ -211,11 +262,20 @@ TGA_DEVICE void accumulate_rows(float (&acc)[kRowTiles][kCols][4], const uint32_
   }
 }
 
-// d = a * b + c over head_dim, b as load_rows_as_columns gives it for the rows that contain those of this product:
-// `subtile` is its place among the 8-row tiles of a tile.
+// acc += a * tile[first_row : first_row + 16, :], the tile's rows being the k dimension.
+template <class T>
+TGA_DEVICE void accumulate_rows(float (&acc)[T::kRowTiles][T::kCols][4],
+                                const uint32_t (&a)[T::kRowTiles][T::kOperandWords], uint32_t tile, int first_row) {
+  if constexpr (T::kTf32) {
+    accumulate_tf32<T>(acc, a, tile, first_row);
+  } else {
+    accumulate_half_rows<T::kType, T::kCols, T::kRowBytes>(acc, a, tile, first_row);
+  }
+}
+
 template <DType kType, int kSteps>
-TGA_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[kSteps][4], const uint32_t (&b)[(kSteps + 1) / 2][4],
-                         int subtile, const float (&c)[4]) {
+TGA_DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[kSteps][4], const uint32_t (&b)[(kSteps + 1) / 2][4],
+                              int subtile, const float (&c)[4]) {
   const int first = subtile * 8 % kRowsPerLoad<kSteps> / 4;
   dev::mma<kType>(d, a[0], b[0][first], b[0][first + 1], c);
   TGA_UNROLL
@@ -224,11 +284,27 @@ TGA_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[kSteps][4], const ui
   }
 }
 
+// d = a * b + c over head_dim, b as load_rows_as_columns gives it for the rows that contain those of this product:
+// `subtile` is its place among the 8-row tiles of a tile.
+template <class T>
+TGA_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[T::kFragments][4], const uint32_t (&b)[(T::kSteps + 1) / 2][4],
+                         int subtile, const float (&c)[4]) {
+  if constexpr (T::kTf32) {
+    multiply_tf32<T, false>(d, a, b);
+    TGA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      d[i] += c[i];
+    }
+  } else {
+    multiply_half<T::kType, T::kSteps>(d, a, b, subtile, c);
+  }
+}
+
 // The share of one thread in copying tiles of kBlock rows from global to shared memory by 16-byte chunks: the same chunk of
 // rows a multiple of 8 apart, so that one swizzled offset serves them all.
 template <class T, int kThreads>
 struct TileCopy {
-  static constexpr int kChunks = T::kHeadDim / 8;
+  static constexpr int kChunks = T::kHeadDim / T::kChunk;
   static constexpr int kRowsPerPass = kThreads / kChunks / 8 * 8;
   static constexpr int kPasses = (T::kBlock + kRowsPerPass - 1) / kRowsPerPass;
   static_assert(kRowsPerPass > 0 && (32 % kRowsPerPass == 0 || kRowsPerPass % 32 == 0),
@@ -248,8 +324,9 @@ struct TileCopy {
 };
 
 // Bytes of a 16-byte chunk that lie inside a row of `cols` values.
+template <class T>
 TGA_DEVICE int chunk_bytes(int chunk, int cols) {
-  const int left = (cols - chunk * 8) * 2;
+  const int left = (cols - chunk * T::kChunk) * static_cast<int>(sizeof(typename T::Element));
   return left < 0 ? 0 : left > 16 ? 16 : left;
 }
 
@@ -270,12 +347,13 @@ TGA_DEVICE void copy_chunk(uint32_t shared, const char* global, int bytes, bool 
 
 // Byte offset of a row. The fast kernels are only chosen where a row stride in bytes fits 32 bits: one instruction, not
 // four.
-template <bool kWide>
+template <class T>
 TGA_DEVICE int64_t row_offset(int row, int64_t stride) {
-  if constexpr (kWide) {
-    return row * stride * 2;
+  constexpr int kBytes = sizeof(typename T::Element);
+  if constexpr (T::kGeneral) {
+    return row * stride * kBytes;
   } else {
-    return dev::multiply_wide(row, static_cast<int>(stride) * 2);
+    return dev::multiply_wide(row, static_cast<int>(stride) * kBytes);
   }
 }
 

@@ -10,12 +10,12 @@ TGA_DEVICE float sigmoid(float x) { return dev::reciprocal(1.0f + dev::exp2(-kLo
 
 // Two neighbouring gate logits; a headwise gate has a column stride of 0.
 template <DType kType>
-TGA_DEVICE Float2 load_gate(const uint16_t* row, int64_t col_stride, int col, int cols, bool pairs_aligned) {
+TGA_DEVICE Float2 load_gate(const ElementOf<kType>* row, int64_t col_stride, int col, int cols, bool pairs_aligned) {
   if (col_stride == 0) {
-    const float g = dev::unpack<kType>(dev::load_global<uint16_t>(row)).x;
+    const float g = load_value<kType>(row);
     return {g, g};
   }
-  return dev::unpack<kType>(load_pair(row, col, cols, pairs_aligned));
+  return load_values<kType>(row, col, cols, pairs_aligned);
 }
 
 }  // namespace torch_gated_attn::cuda

@@ -23,26 +23,27 @@ class KeyValueRing {
         copy_(thread),
         base_(base),
         stride_(stride),
-        key_bytes_(chunk_bytes(copy_.chunk, p.head_dim)),
-        value_bytes_(chunk_bytes(copy_.chunk, p.value_dim)),
+        key_bytes_(chunk_bytes<T>(copy_.chunk, p.head_dim)),
+        value_bytes_(chunk_bytes<T>(copy_.chunk, p.value_dim)),
         key_bit_(key_bytes_ > 0 ? 1u << copy_.row % 32 : 0),
         value_bit_(value_bytes_ > 0 ? 1u << copy_.row % 32 : 0) {}
 
   // The batch row that tiles count from.
-  TGA_DEVICE void point_at(const AttentionParams& p, const uint16_t* key, const uint16_t* value) {
-    start_.put(key + copy_.row * p.key.row + copy_.chunk * 8, value + copy_.row * p.value.row + copy_.chunk * 8);
+  TGA_DEVICE void point_at(const AttentionParams& p, const typename T::Element* key, const typename T::Element* value) {
+    start_.put(key + copy_.row * p.key.row + copy_.chunk * T::kChunk,
+               value + copy_.row * p.value.row + copy_.chunk * T::kChunk);
   }
 
   // The tile the next copies bring: the one that begins at `key` of the panel, of the first batch row.
   TGA_DEVICE void begin_tile(const AttentionParams& p, const Plan& plan, int panel, uint32_t key, int plan_row) {
     start_.get(tile_key_, tile_value_);
-    tile_key_ += row_offset<T::kGeneral>(panel + key, p.key.row);
-    tile_value_ += row_offset<T::kGeneral>(panel + key, p.value.row);
+    tile_key_ += row_offset<T>(panel + key, p.key.row);
+    tile_value_ += row_offset<T>(panel + key, p.value.row);
     tile_bits_ = plan.bits_address(plan_row, key) + (Copy::kRowsPerPass > 32 ? copy_.row / 32 * 4 : 0);
   }
   TGA_DEVICE void next_batch_row(const AttentionParams& p) {
-    tile_key_ += p.key.batch_row * 2;
-    tile_value_ += p.value.batch_row * 2;
+    tile_key_ += p.key.batch_row * static_cast<int64_t>(sizeof(typename T::Element));
+    tile_value_ += p.value.batch_row * static_cast<int64_t>(sizeof(typename T::Element));
     tile_bits_ += Plan::kPanelWords * 4;
   }
 
@@ -56,9 +57,9 @@ class KeyValueRing {
       }
       const uint32_t bits = dev::load_shared<uint32_t>(tile_bits_ + pass * kStep / 32 * 4) >> (pass * kStep % 32);
       const uint32_t at = to + pass * kStep * T::kRowBytes;
-      copy_chunk<!T::kGeneral>(at, tile_key_ + row_offset<T::kGeneral>(pass * kStep, p.key.row),
-                               (bits & key_bit_) ? key_bytes_ : 0, p.aligned);
-      copy_chunk<!T::kGeneral>(at + T::kTileBytes, tile_value_ + row_offset<T::kGeneral>(pass * kStep, p.value.row),
+      copy_chunk<!T::kGeneral>(at, tile_key_ + row_offset<T>(pass * kStep, p.key.row), (bits & key_bit_) ? key_bytes_ : 0,
+                               p.aligned);
+      copy_chunk<!T::kGeneral>(at + T::kTileBytes, tile_value_ + row_offset<T>(pass * kStep, p.value.row),
                                (bits & value_bit_) ? value_bytes_ : 0, p.aligned);
     }
   }

@@ -53,14 +53,37 @@ TGA_DEVICE float visible_score(float score, bool attended, const GeneralBias<T::
 }
 
 // What turns scores into logits in units of log2: |scale| goes into the exponent and its sign into the queries or keys;
-// the general kernels' scores are logits.
+// the general kernels' scores are logits, and those of float32 too, once score_pairs() has multiplied them.
 template <class T>
 TGA_DEVICE float score_factor(const AttentionParams& p) {
-  return T::kGeneral ? 1.0f : fabsf(p.scale) * kLog2e;
+  return T::kGeneral ? 1.0f : (T::kTf32 ? p.scale : fabsf(p.scale)) * kLog2e;
 }
 template <class T>
 TGA_DEVICE float logit(float score, float factor) {
-  return T::kGeneral ? score : dev::multiply(score, factor);
+  return T::kLogits ? score : dev::multiply(score, factor);
+}
+
+// The scores of 16 x 8 pairs, a, b and `subtile` as for multiply(). The bias is the accumulator of their product; in
+// float32 it joins after the product has been scaled, which leaves it its bits.
+template <class T, bool kTransposed = false>
+TGA_DEVICE void score_pairs(float (&score)[4], const uint32_t (&a)[T::kFragments][4],
+                            const uint32_t (&b)[(T::kSteps + 1) / 2][4], int subtile, const float (&bias)[4],
+                            float factor) {
+  if constexpr (T::kTf32) {
+    multiply_tf32<T, kTransposed>(score, a, b);
+    TGA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      score[i] = dev::multiply(score[i], factor);
+      if constexpr (T::kBiasFragments) {
+        score[i] = dev::fma_toward_zero(bias[i], kLog2e, score[i]);
+      }
+    }
+  } else if constexpr (T::kBiasFragments) {
+    multiply<T>(score, a, b, subtile, bias);
+  } else {
+    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    multiply<T>(score, a, b, subtile, zero);
+  }
 }
 
 // 2^(logit - shift). The logit is rounded like the largest one of its row, which the shift is: in a row of very low logits

@@ -71,17 +71,19 @@ struct AttentionParams {
 
 // What the kernels of the backward know besides. Everything but the gradients is scratch, written by the prepare kernels:
 //
-//   core_grad  [slabs, rows, H, q_padded, head_dim]   dO = grad_out * sigmoid(gate), 16-bit, zeros past the ends
+//   core_grad  [slabs, rows, H, q_padded, head_dim]   dO = grad_out * sigmoid(gate), zeros past the ends
 //   row_terms  [slabs, rows, H, q_padded / 2, 8]      per pair of queries: -delta twice {a, b, a, b}, then the
 //              shifts {a, b} and 1 where the row is low, else 0
-//   bias_t     [outer, bias heads, key tile, query tile, fragment]   the bias as fragments of the transposed scores
+//   bias_t     [outer, bias heads, key tile, query tile, fragment]   the bias as fragments of the transposed scores; not
+//   for
+//              float32 operands, whose kernels read the bias itself
 //   partial    [parts, outer, H, query tile, key tile, fragment]     sums of dBias over some of the batch rows, float32
 //
 // head_dim is the compiled width. A row's probability is 2^(logit - shift), shift being +inf for rows that attend nothing
 // and for rows past the end.
 struct BackwardParams : AttentionParams {
   Operand grad_out, grad_lse, d_query, d_key, d_value, d_gate, d_bias;
-  uint16_t* core_grad = nullptr;
+  void* core_grad = nullptr;
   float* row_terms = nullptr;
   void* bias_t = nullptr;
   float* partial = nullptr;

@@ -18,27 +18,21 @@ struct PrepareShape {
   static constexpr int kRowsPerBlock = kPrepareThreads / kLanes;
 };
 
-TGA_DEVICE uint32_t load_grad_pair(const uint16_t* row, int64_t col_stride, int col, int cols, bool pairs_aligned) {
+template <DType kType>
+TGA_DEVICE Float2 load_grad(const ElementOf<kType>* row, int64_t col_stride, int col, int cols, bool pairs_aligned) {
   if (col_stride == 1) {
-    return load_pair(row, col, cols, pairs_aligned);
+    return load_values<kType>(row, col, cols, pairs_aligned);
   }
-  const uint32_t low = col < cols ? dev::load_global<uint16_t>(row + col * col_stride) : 0;
-  const uint32_t high = col + 1 < cols ? dev::load_global<uint16_t>(row + (col + 1) * col_stride) : 0;
-  return low | high << 16;
+  return {col < cols ? load_value<kType>(row + col * col_stride) : 0.0f,
+          col + 1 < cols ? load_value<kType>(row + (col + 1) * col_stride) : 0.0f};
 }
 
 template <DType kType>
 TGA_DEVICE void store_gate_grad(const BackwardParams& p, int64_t at, int col, float x, float y) {
   if (p.d_gate_is_float) {
-    float* row = static_cast<float*>(p.d_gate.data) + at;
-    if (col < p.value_dim) {
-      dev::store_global(row + col, x);
-    }
-    if (col + 1 < p.value_dim) {
-      dev::store_global(row + col + 1, y);
-    }
+    store_pair<DType::kFloat32>(static_cast<float*>(p.d_gate.data) + at, col, p.value_dim, false, x, y);
   } else {
-    store_pair<kType>(static_cast<uint16_t*>(p.d_gate.data) + at, col, p.value_dim, p.aligned, x, y);
+    store_pair<kType>(static_cast<ElementOf<kType>*>(p.d_gate.data) + at, col, p.value_dim, p.aligned, x, y);
   }
 }
 
@@ -46,6 +40,8 @@ template <DType kType, int kHeadDim>
 TGA_KERNEL(kPrepareThreads, 1)
 prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   using Shape = PrepareShape<kHeadDim>;
+  using Element = ElementOf<kType>;
+  constexpr bool kExact = kType == DType::kFloat32;  // dO is not rounded, and probabilities are not normalised
   int64_t index = (p.first_block + dev::block_index()) * Shape::kRowsPerBlock + dev::thread_index() / Shape::kLanes;
   const int first_col = dev::thread_index() % Shape::kLanes * 8;
   const int64_t total = p.batch.slabs * p.batch.rows * p.heads * p.q_padded;
@@ -65,7 +61,7 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
     const float max = dev::load_global<float>(static_cast<const float*>(p.row_max.data) +
                                               p.row_max.offset(slab, batch_row, head) + query * p.row_max.row);
     if (sum != 0.0f) {
-      const bool fold = !is_low_row(max);
+      const bool fold = !kExact && !is_low_row(max);
       shift = fold ? max + dev::log2(sum) : max;
       normaliser = fold ? 1.0f : dev::reciprocal(sum);
     }
@@ -74,9 +70,9 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
   float delta = 0.0f, head_gate_grad = 0.0f;
   if (exists) {
     const auto row_of = [&](const Operand& o) {
-      return static_cast<const uint16_t*>(o.data) + o.offset(slab, batch_row, head) + query * o.row;
+      return static_cast<const Element*>(o.data) + o.offset(slab, batch_row, head) + query * o.row;
     };
-    uint16_t* const core = p.core_grad + place * kHeadDim;
+    Element* const core = static_cast<Element*>(p.core_grad) + place * kHeadDim;
     TGA_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int col = first_col + 2 * i;
@@ -85,9 +81,8 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
       }
       Float2 grad = {0.0f, 0.0f}, gate = {1.0f, 1.0f}, y = {0.0f, 0.0f};
       if (real && p.grad_out.data != nullptr) {
-        grad =
-            dev::unpack<kType>(load_grad_pair(row_of(p.grad_out), p.grad_out.col, col, p.value_dim, p.grad_pairs_aligned));
-        y = dev::unpack<kType>(load_pair(row_of(p.out), col, p.value_dim, p.aligned));
+        grad = load_grad<kType>(row_of(p.grad_out), p.grad_out.col, col, p.value_dim, p.grad_pairs_aligned);
+        y = load_values<kType>(row_of(p.out), col, p.value_dim, p.aligned);
         if (p.gate.data != nullptr) {
           const Float2 logit = load_gate<kType>(row_of(p.gate), p.gate.col, col, p.value_dim, p.aligned);
           gate = {sigmoid(logit.x), sigmoid(logit.y)};
@@ -101,12 +96,17 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
       } else if (real && p.d_gate.data != nullptr && p.d_gate.col != 0) {
         store_gate_grad<kType>(p, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, col, 0.0f, 0.0f);
       }
-      const uint32_t rounded = dev::pack<kType>(grad.x * gate.x * normaliser, grad.y * gate.y * normaliser);
-      dev::store_global(core + col, rounded);
-      // dP - delta comes from the rounded dO on both sides: its rounding then moves dP of all keys, but not their mean.
-      const Float2 core_grad = dev::unpack<kType>(rounded);
-      delta +=
-          (gate.x == 0.0f ? 0.0f : core_grad.x * (y.x / gate.x)) + (gate.y == 0.0f ? 0.0f : core_grad.y * (y.y / gate.y));
+      if constexpr (kExact) {
+        dev::store_global(core + col, Float2{grad.x * gate.x * normaliser, grad.y * gate.y * normaliser});
+        delta += (grad.x * y.x + grad.y * y.y) * normaliser;
+      } else {
+        const uint32_t rounded = dev::pack<kType>(grad.x * gate.x * normaliser, grad.y * gate.y * normaliser);
+        dev::store_global(core + col, rounded);
+        // dP - delta comes from the rounded dO on both sides: its rounding then moves dP of all keys, but not their mean.
+        const Float2 core_grad = dev::unpack<kType>(rounded);
+        delta +=
+            (gate.x == 0.0f ? 0.0f : core_grad.x * (y.x / gate.x)) + (gate.y == 0.0f ? 0.0f : core_grad.y * (y.y / gate.y));
+      }
     }
   }
   TGA_UNROLL
@@ -118,13 +118,8 @@ prepare_rows_kernel(TGA_PARAMS BackwardParams p) {
     return;
   }
   if (real && p.d_gate.data != nullptr && p.d_gate.col == 0) {
-    const int64_t at = p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row;
-    if (p.d_gate_is_float) {
-      dev::store_global(static_cast<float*>(p.d_gate.data) + at, head_gate_grad);
-    } else {
-      dev::store_global(static_cast<uint16_t*>(p.d_gate.data) + at,
-                        static_cast<uint16_t>(dev::pack<kType>(head_gate_grad, 0.0f)));
-    }
+    store_value<kType>(p.d_gate.data, p.d_gate.offset(slab, batch_row, head) + query * p.d_gate.row, head_gate_grad,
+                       p.d_gate_is_float);
   }
   if (real && p.grad_lse.data != nullptr) {
     delta -= dev::load_global<float>(static_cast<const float*>(p.grad_lse.data) + p.grad_lse.offset(slab, batch_row, head) +

@@ -77,9 +77,10 @@ void run_backward(const Problem& problem, const Choice& choice, const Device& de
   }
   BackwardParams p = make_backward_params(problem, choice, d_gate_is_float);
   const int64_t entries = p.batch.slabs * p.batch.rows * p.heads, outers = p.batch.slabs / p.batch.slabs_per_outer;
-  p.core_grad = static_cast<uint16_t*>(device.allocate(entries * p.q_padded * choice.head_dim * 2));
+  const int64_t element_bytes = problem.dtype == DType::kFloat32 ? 4 : 2;
+  p.core_grad = device.allocate(entries * p.q_padded * choice.head_dim * element_bytes);
   p.row_terms = static_cast<float*>(device.allocate(entries * p.q_padded * 4 * sizeof(float)));
-  dispatch_half(problem.dtype, choice.head_dim, [&](auto type_constant, auto dim_constant) {
+  dispatch_tensor_core(problem.dtype, choice.head_dim, [&](auto type_constant, auto dim_constant) {
     constexpr DType kType = type_constant.value;
     constexpr int kHeadDim = dim_constant.value;
     const BiasAccess access = choice.access;
@@ -88,10 +89,12 @@ void run_backward(const Problem& problem, const Choice& choice, const Device& de
     if (choice.copy_bias && access == BiasAccess::kFloat) {
       p.bias = copy_bias(p, device);
     }
-    if (access == BiasAccess::kHalf || access == BiasAccess::kFloat) {
-      const int64_t planes = outers * (p.bias.head == 0 ? 1 : p.heads);
-      p.bias_t = device.allocate(planes * p.q_padded * p.k_padded * (p.bias_is_float ? 4 : 2));
-      launch_transpose_bias<kType>(p, device.stream);
+    if constexpr (kType != DType::kFloat32) {
+      if (access == BiasAccess::kHalf || access == BiasAccess::kFloat) {
+        const int64_t planes = outers * (p.bias.head == 0 ? 1 : p.heads);
+        p.bias_t = device.allocate(planes * p.q_padded * p.k_padded * (p.bias_is_float ? 4 : 2));
+        launch_transpose_bias<kType>(p, device.stream);
+      }
     }
 
     // dBias comes with dQ where the strip fits, by a kernel of its own where not.

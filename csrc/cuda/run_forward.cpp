@@ -29,7 +29,7 @@ void run_forward(const Problem& problem, const Choice& choice, const Device& dev
   if (choice.copy_bias) {
     p.bias = copy_bias(p, device);
   }
-  dispatch_half(problem.dtype, choice.head_dim, [&](auto type, auto dim) {
+  dispatch_tensor_core(problem.dtype, choice.head_dim, [&](auto type, auto dim) {
     launch_forward<type.value, dim.value>(p, choice.access, choice.share_bias, device.stream);
   });
 }

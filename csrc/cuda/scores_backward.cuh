@@ -8,8 +8,14 @@
 namespace torch_gated_attn::cuda {
 
 template <class T>
-TGA_DEVICE const uint16_t* half_rows(const Operand& o, const SlabIndex& slab, int64_t batch_row, int head) {
-  return static_cast<const uint16_t*>(o.data) + o.offset(slab, batch_row, head);
+TGA_DEVICE const typename T::Element* operand_rows(const Operand& o, const SlabIndex& slab, int64_t batch_row, int head) {
+  return static_cast<const typename T::Element*>(o.data) + o.offset(slab, batch_row, head);
+}
+
+// Rows of dO from `first` on, of an entry of scratch_entry().
+template <class T>
+TGA_DEVICE const typename T::Element* core_grad_rows(const BackwardParams& p, int64_t entry, int first) {
+  return static_cast<const typename T::Element*>(p.core_grad) + (entry * p.q_padded + first) * T::kHeadDim;
 }
 
 // Index of (slab, batch row, head) in the scratch arrays.
@@ -28,14 +34,15 @@ TGA_DEVICE RowTerms load_row_terms(const float* terms, int query) {
 
 // From this size of the shift on, shift + log2(sum) would lose bits of the sum (float32 keeps 2^-10 at 2^13): the row's
 // probabilities stay unnormalised, 1 / sum goes into dO and delta instead, and a fused multiply-add is no longer good
-// enough for the exponent. +inf is the shift of rows that attend nothing.
+// enough for the exponent. +inf is the shift of rows that attend nothing. Of float32 rows all probabilities stay
+// unnormalised: no bit is to be lost.
 constexpr float kLargestFoldedShift = 8192.0f;
 TGA_DEVICE bool is_low_row(float shift) { return fabsf(shift) >= kLargestFoldedShift && shift < INFINITY; }
 
 // 2^(logit - shift); kLow: right for low rows too, for an instruction more.
 template <class T, bool kLow>
 TGA_DEVICE float probability(float score, float factor, float shift) {
-  if constexpr (kLow || T::kGeneral) {
+  if constexpr (kLow || T::kLogits) {
     return exponential<T>(score, factor, shift);
   } else {
     return dev::exp2(fmaf(score, factor, -shift));
@@ -83,13 +90,7 @@ TGA_DEVICE void store_bias_grad(const BackwardParams& p, const PartialFragments&
   for (int e = 0; e < 4; ++e) {
     const int q = query + lane.row + e / 2 * 8, k = key + lane.pair * 2 + e % 2;
     if (q < p.q_len && k < p.k_len) {
-      const int64_t at = direct_offset + q * p.d_bias.row + k * p.d_bias.col;
-      if (p.d_bias_is_float) {
-        dev::store_global(static_cast<float*>(p.d_bias.data) + at, values[e]);
-      } else {
-        dev::store_global(static_cast<uint16_t*>(p.d_bias.data) + at,
-                          static_cast<uint16_t>(dev::pack<kType>(values[e], 0.0f)));
-      }
+      store_value<kType>(p.d_bias.data, direct_offset + q * p.d_bias.row + k * p.d_bias.col, values[e], p.d_bias_is_float);
     }
   }
 }

@@ -11,6 +11,9 @@ namespace {
 
 bool is_half(DType type) { return type == DType::kBFloat16 || type == DType::kFloat16; }
 
+// Of the operands that the tensor-core kernels take.
+int64_t element_bytes(const Problem& p) { return is_half(p.dtype) ? 2 : 4; }
+
 // Every row of `view` begins at a multiple of `elements` elements of `bytes` bytes. Strides of size-1 dimensions do not
 // count.
 bool starts_aligned(const Problem& problem, const View& view, int64_t heads, int64_t rows, int64_t elements,
@@ -28,12 +31,13 @@ bool starts_aligned(const Problem& problem, const View& view, int64_t heads, int
 
 // Keys and values are copied by 16 bytes, all other operands by pairs.
 bool operands_aligned(const Problem& p) {
+  const int64_t bytes = element_bytes(p);
   const auto by_16_bytes = [&](const View& view) {
-    return view.data == nullptr || starts_aligned(p, view, p.heads, std::max(p.q_len, p.k_len), 8, 2);
+    return view.data == nullptr || starts_aligned(p, view, p.heads, std::max(p.q_len, p.k_len), 16 / bytes, bytes);
   };
-  const bool gate_ok = p.gate.data == nullptr || p.gate.col == 0 || starts_aligned(p, p.gate, p.heads, p.q_len, 2, 2);
+  const bool gate_ok = p.gate.data == nullptr || p.gate.col == 0 || starts_aligned(p, p.gate, p.heads, p.q_len, 2, bytes);
   const auto by_pairs = [&](const View& view, int64_t rows) {
-    return view.data == nullptr || starts_aligned(p, view, p.heads, rows, 2, 2);
+    return view.data == nullptr || starts_aligned(p, view, p.heads, rows, 2, bytes);
   };
   return by_16_bytes(p.query) && by_16_bytes(p.key) && by_16_bytes(p.value) && gate_ok && by_pairs(p.out, p.q_len) &&
          by_pairs(p.d_query, p.q_len) && by_pairs(p.d_key, p.k_len) && by_pairs(p.d_value, p.k_len) &&
@@ -42,11 +46,35 @@ bool operands_aligned(const Problem& p) {
 
 // One multiplication by a 32-bit stride in bytes finds a row.
 bool strides_fit_32_bits(const Problem& p) {
-  const auto fits = [](int64_t stride) { return stride >= 0 && stride < (int64_t{1} << 30); };
+  const auto fits = [&](int64_t stride) { return stride >= 0 && stride < (int64_t{1} << 31) / element_bytes(p); };
   return fits(p.query.row) && fits(p.key.row) && fits(p.value.row);
 }
 
-// Why the fast kernels cannot take the call; empty if they can.
+constexpr const char *kUnaligned = "an operand's rows are not aligned to 16 bytes",
+                     *kWideStride = "a row stride does not fit 32 bits",
+                     *kStridedBias = "the bias is not contiguous along the keys";
+
+// Why the tensor-core kernels cannot take a float32 call; empty if they can.
+std::string why_plain(const Problem& p, int arch) {
+  if (arch < 80) {
+    return "tensor cores take float32 from compute capability 8.0 on";
+  }
+  if (std::max(p.head_dim, p.value_dim) > kMaxTf32HeadDim) {
+    return "head_dim is above " + std::to_string(kMaxTf32HeadDim) + ", where the tensor-core kernels for float32 end";
+  }
+  if (p.head_dim % 4 != 0 || p.value_dim % 4 != 0) {
+    return "head_dim is not a multiple of 4";
+  }
+  if (!operands_aligned(p)) {
+    return kUnaligned;
+  }
+  if (!strides_fit_32_bits(p)) {
+    return kWideStride;
+  }
+  return p.bias.data != nullptr && p.bias.col != 1 && p.k_len > 1 ? kStridedBias : "";
+}
+
+// Why the fast kernels cannot take a 16-bit call; empty if they can.
 std::string why_general(const Problem& p) {
   // Small enough that 1 / scale times a finite bias stays in range, large enough that -inf * scale is -inf.
   const double magnitude = std::fabs(p.scale);
@@ -57,10 +85,10 @@ std::string why_general(const Problem& p) {
     return "head_dim is not a multiple of 8";
   }
   if (!operands_aligned(p)) {
-    return "an operand's rows are not aligned to 16 bytes";
+    return kUnaligned;
   }
   if (!strides_fit_32_bits(p)) {
-    return "a row stride does not fit 32 bits";
+    return kWideStride;
   }
   if (p.bias.data == nullptr) {
     return "";
@@ -70,7 +98,7 @@ std::string why_general(const Problem& p) {
     return "the scale is too large to carry the bias as an accumulator";
   }
   if (p.bias.col != 1 && p.k_len > 1) {
-    return "the bias is not contiguous along the keys";
+    return kStridedBias;
   }
   return "";
 }
@@ -117,11 +145,12 @@ Choice choose_forward(const Problem& problem, int arch) {
                     ", the range of the fused kernels: the composite formula runs, which stores all scores";
     return choice;
   }
-  if (!is_half(problem.dtype)) {
+  const std::string plain = problem.dtype == DType::kFloat32 ? why_plain(problem, arch) : "";
+  if (problem.dtype == DType::kFloat64 || !plain.empty()) {
     choice.kernel = Kernel::kPlain;
     choice.head_dim = compiled_head_dim(dim);
-    choice.reason = problem.dtype == DType::kFloat32 ? "float32 is computed with float32 multiply-adds, never TF32"
-                                                     : "float64 takes the plain kernel";
+    choice.reason =
+        plain.empty() ? "float64 takes the plain kernel" : "the plain kernel, in float32 multiply-adds: " + plain;
     return choice;
   }
   if (arch < 80) {
@@ -132,20 +161,23 @@ Choice choose_forward(const Problem& problem, int arch) {
   choice.kernel = Kernel::kTensorCore;
   choice.head_dim = compiled_head_dim(dim);
   choice.aligned = operands_aligned(problem);
-  const std::string general = why_general(problem);
+  const bool tf32 = problem.dtype == DType::kFloat32;
+  const std::string general = tf32 ? "" : why_general(problem);
+  const std::string kernel = tf32 ? "the float32 tensor-core kernel (three TF32 products)" : "the tensor-core kernel";
   if (!general.empty()) {
     choice.access = BiasAccess::kGeneral;
     choice.reason = "the general tensor-core kernel: " + general;
     return choice;
   }
   if (problem.bias.data == nullptr) {
-    choice.reason = "the tensor-core kernel without bias";
+    choice.reason = kernel + " without bias";
     return choice;
   }
   choice.access = problem.bias_dtype == DType::kFloat32 ? BiasAccess::kFloat : BiasAccess::kHalf;
-  choice.share_bias = sharing_pays(problem, choice.head_dim);
-  choice.reason = choice.share_bias ? "the tensor-core kernel that shares the bias between batch rows"
-                                    : "the tensor-core kernel with a bias per batch row";
+  choice.share_bias = !tf32 && sharing_pays(problem, choice.head_dim);
+  choice.reason = kernel + (choice.share_bias ? " that shares the bias between batch rows"
+                            : tf32            ? " with bias"
+                                              : " with a bias per batch row");
   if (!starts_aligned(problem, problem.bias, problem.heads, problem.q_len, 2,
                       problem.bias_dtype == DType::kFloat32 ? 4 : 2)) {
     choice.copy_bias = true;
@@ -160,9 +192,10 @@ Choice choose_backward(const Problem& problem, int arch) {
     return choice;
   }
   choice.grad_aligned = problem.grad_out.data != nullptr && problem.grad_out.col == 1 &&
-                        starts_aligned(problem, problem.grad_out, problem.heads, problem.q_len, 2, 2);
+                        starts_aligned(problem, problem.grad_out, problem.heads, problem.q_len, 2, element_bytes(problem));
   // The reordered copy of a bias that all queries share would be larger than the bias.
-  if (problem.bias.data != nullptr && choice.access != BiasAccess::kGeneral && problem.bias.row == 0 && problem.q_len > 1) {
+  if (is_half(problem.dtype) && problem.bias.data != nullptr && choice.access != BiasAccess::kGeneral &&
+      problem.bias.row == 0 && problem.q_len > 1) {
     choice.access = BiasAccess::kGeneral;
     choice.reason = "the general tensor-core kernels: the bias is the same for all queries";
   }

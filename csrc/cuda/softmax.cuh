@@ -51,7 +51,7 @@ struct RowState {
 
   // Turns the scores of row tile m into probabilities, packed as the A operands of the product with the values.
   TGA_DEVICE void softmax(int m, const float (&score)[T::kSubtiles][4], float factor,
-                          uint32_t (&p)[T::kSubtiles / 2][T::kRowTiles][4]) {
+                          uint32_t (&p)[T::kSubtiles / 2][T::kRowTiles][T::kOperandWords]) {
     float seen[2] = {-INFINITY, -INFINITY};
     TGA_UNROLL
     for (int n = 0; n < T::kSubtiles; ++n) {
@@ -86,8 +86,7 @@ struct RowState {
       // Unrounded: lse is as accurate as float32 makes it.
       sum[m][0] += e[0] + e[1];
       sum[m][1] += e[2] + e[3];
-      p[n / 2][m][n % 2 * 2] = dev::pack<T::kType>(e[0], e[1]);
-      p[n / 2][m][n % 2 * 2 + 1] = dev::pack<T::kType>(e[2], e[3]);
+      put_operand<T>(p[n / 2][m], n % 2, e);
     }
   }
 
@@ -98,10 +97,10 @@ struct RowState {
   }
 
   // acc += p * values.
-  TGA_DEVICE void accumulate(const uint32_t (&p)[T::kSubtiles / 2][T::kRowTiles][4], uint32_t values) {
+  TGA_DEVICE void accumulate(const uint32_t (&p)[T::kSubtiles / 2][T::kRowTiles][T::kOperandWords], uint32_t values) {
     TGA_UNROLL
     for (int j = 0; j < T::kSubtiles / 2; ++j) {
-      accumulate_rows<T::kType, T::kCols, T::kRowBytes>(acc, p[j], values, j * 16);
+      accumulate_rows<T>(acc, p[j], values, j * 16);
     }
   }
 };

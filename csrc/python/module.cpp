@@ -26,13 +26,7 @@ constexpr const char* kCompiler = "clang " __clang_version__;
 constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
-py::tuple cpu_capabilities() {
-#ifdef __x86_64__
-  return py::make_tuple("default", "avx2", "avx512", "avx512_bf16");
-#else
-  return py::make_tuple("default");
-#endif
-}
+py::tuple cpu_capabilities() { return py::tuple(py::cast(torch_gated_attn::cpu_capabilities())); }
 
 py::object cuda_version() {
 #ifdef TORCH_GATED_ATTN_WITH_CUDA

@@ -38,6 +38,9 @@ void attend(const at::Tensor& q_data) {
   print("d_query", query.grad());
   print("mean_rows", torch_gated_attn::gated_attention(query, query, query, /*gate=*/{}, /*bias=*/{},
                                                        /*mask=*/at::zeros({1}, at::kBool), /*scale=*/1.0, "mean"));
+  print("causal", torch_gated_attn::gated_attention(query, query, query, /*gate=*/{}, /*bias=*/{}, /*mask=*/{},
+                                                    /*scale=*/{}, "zero", /*is_causal=*/true, /*window=*/2,
+                                                    /*key_lengths=*/at::full({1}, 4)));
 }
 
 }  // namespace

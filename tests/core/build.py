@@ -7,7 +7,6 @@ import concurrent.futures
 import hashlib
 import os
 import platform
-import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -15,15 +14,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-X86 = platform.machine() in ("x86_64", "AMD64")
-SETS = ("default", "avx2", "avx512", "avx512_bf16") if X86 else ("default",)
+X86_SETS = ("default", "avx2", "avx512", "avx512_bf16")
+ARM_SETS = ("default", "neon")
+SETS = {"x86_64": X86_SETS, "aarch64": ARM_SETS, "arm64": ARM_SETS}.get(platform.machine(), ("default",))
 FLAGS = ("-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-pthread")
-
-
-def target_flags(compiler: str, source: Path) -> list[str]:
-    """A set's `#pragma GCC target` as flags, for clang, which ignores the pragma."""
-    pragma = re.search(r'^#pragma GCC target\("(.+)"\)', source.read_text(), re.MULTILINE)
-    return [f"-m{name}" for name in pragma[1].split(",")] if pragma and "clang" in compiler else []
 
 
 def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc: Path = CSRC) -> Path:
@@ -45,9 +39,7 @@ def build(compiler: str, flags: Sequence[str], sets: Sequence[str] = SETS, csrc:
 
     def compile_one(source: Path) -> Path:
         target = out / f"{source.stem}_{os.getpid()}.o"
-        # Warnings are errors, but immintrin.h of GCC 12 warns of itself, and clang does not know GCC's pragmas.
-        own = ["-w"] if source.stem.startswith("avx") or "clang" in compiler else ["-Werror"]
-        own += target_flags(compiler, source)
+        own = ["-Werror"]
         if source.stem.startswith("avx512") and any(flag.startswith("-fsanitize") for flag in flags):
             own += ["-include", str(HERE / "instrumented.h")]
         command = [compiler, *FLAGS, *flags, *own, *defines, "-c", str(source), "-o", str(target)]

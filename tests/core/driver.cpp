@@ -83,13 +83,15 @@ void check_call(Call& c, const CpuKernels& kernels, int threads) {
 
 bool supported(const char* name) {
 #if defined(__x86_64__)
-  // Every processor with AVX2 has F16C too, a name that clang 14 does not know.
+  // Every processor with AVX2 has F16C too, a name that clang does not know here.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(name, "avx2")) return avx2;
   if (!std::strcmp(name, "avx512")) return avx512;
   if (!std::strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  if (!std::strcmp(name, "neon")) return true;
 #endif
   return !std::strcmp(name, "default");
 }
@@ -108,6 +110,9 @@ const CpuKernels* kernels_of(const char* name) {
 #if defined(WITH_AVX512_BF16)
   if (!std::strcmp(name, "avx512_bf16")) return &torch_gated_attn::kKernelsAvx512Bf16;
 #endif
+#if defined(WITH_NEON)
+  if (!std::strcmp(name, "neon")) return &torch_gated_attn::kKernelsNeon;
+#endif
   return nullptr;
 }
 
@@ -121,7 +126,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   constexpr double kMostProducts = 1 << 17;
   if (size == 0) return 0;
   std::vector<const core_test::CpuKernels*> sets;
-  for (const char* name : {"default", "avx2", "avx512", "avx512_bf16"})
+  for (const char* name : {"default", "avx2", "avx512", "avx512_bf16", "neon"})
     if (const auto* kernels = core_test::kernels_of(name); kernels && core_test::supported(name)) sets.push_back(kernels);
   core_test::Bytes bytes(data + 1, size - 1);
   core_test::Call call(bytes, 40);

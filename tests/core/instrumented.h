@@ -10,8 +10,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,avx512f,avx512bw,avx512vl"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,avx512f,avx512bw,avx512vl")
+#endif
 namespace core_test {
 
 template <class V, class T>
@@ -33,7 +37,11 @@ inline __attribute__((always_inline)) void store_masked(void* p, uint32_t mask, 
 }
 
 }  // namespace core_test
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 #define _mm512_maskz_loadu_ps(mask, p) core_test::load_masked<__m512, float>(mask, p)
 #define _mm512_maskz_loadu_pd(mask, p) core_test::load_masked<__m512d, double>(mask, p)

@@ -90,6 +90,9 @@ class Operator:
         wanted = [n for n, w in zip(harness.NAMES, grad_mask, strict=True) if w and inputs[n] is not None]
         if row_sum.numel() == 0 or key.size(-2) == 0:
             gradients = {n: torch.zeros_like(inputs[n]) for n in wanted}
+            if "gate" in wanted and grad_out is not None:  # `out` may be of keys that are not at hand
+                d_gate = grad_out.to(row_sum.dtype) * out * torch.sigmoid(-gate.to(row_sum.dtype))
+                gradients["gate"] = d_gate.sum_to_size(gate.shape).to(gate.dtype)
         else:
             gradients = harness.backward(
                 self.library,

@@ -15,6 +15,7 @@ class Bug:
     wrong: str
     masked: bool = True  # the inputs that show it have a mask
     low: bool = False  # they have rows of very low logits
+    dtype: str = "bf16"  # of the kernels that it reaches
     changes: dict = dataclasses.field(default_factory=dict)  # other arguments of draw() that show it
 
     def plant(self, folder):
@@ -38,7 +39,7 @@ BUGS = [
         "dev::wait_copies<T::kStages - 2>();",
     ),
     Bug("wait off by one", "forward.cuh", "dev::wait_copies<T::kStages - 2>();", "dev::wait_copies<T::kStages - 1>();"),
-    Bug("wrong swizzle", "fragments.cuh", "((chunk ^ ((row >> 2) & 1)) << 4)", "(chunk << 4)"),
+    Bug("wrong swizzle", "layout.cuh", "((chunk ^ ((row >> 2) & 1)) << 4)", "(chunk << 4)"),
     Bug("dropped tail", "tile_plan.cuh", "(keys.end - panel + kBlock - 1) / kBlock", "(keys.end - panel) / kBlock"),
     Bug("accumulator not rescaled", "softmax.cuh", "acc[m][n][2] *= second;", ""),
     Bug("sum not rescaled", "softmax.cuh", "sum[m][1] *= second;", ""),
@@ -82,7 +83,7 @@ BUGS = [
     Bug(
         "low rows overlooked, keys",
         "backward_key.cuh",
-        "dev::sync_block_any(!T::kGeneral && ring.has_low_row())",
+        "dev::sync_block_any(!T::kLogits && ring.has_low_row())",
         "dev::sync_block_any(false)",
         low=True,
     ),
@@ -139,6 +140,34 @@ BUGS = [
         "some = some || votes.some != 0",
         "some = some || dev::count_bits(votes.some) > 1",
         changes={"mask": "one pair"},
+    ),
+    Bug(
+        "one product of parts left out",
+        "tf32.cuh",
+        "      dev::mma_tf32(cross, big, b0.small, b1.small, cross);\n    }\n",
+        "    }\n",
+        dtype="fp32",
+    ),
+    Bug(
+        "small part of the probabilities left out",
+        "tf32.cuh",
+        "dev::mma_tf32(sum[m], small[m][e], b0.big, b1.big, sum[m]);",
+        "",
+        dtype="fp32",
+    ),
+    Bug(
+        "a number passed on unsplit",
+        "tf32.cuh",
+        "return {big, dev::as_word(dev::as_float(word) - dev::as_float(big)) & ~kBelow};",
+        "return {word, 0};",
+        dtype="fp32",
+    ),
+    Bug(
+        "rows of values in the order of the columns of a fragment",
+        "tf32.cuh",
+        "swizzled<T::kRowBytes>(2 * lane.pair + 1,",
+        "swizzled<T::kRowBytes>(lane.pair + 4,",
+        dtype="fp32",
     ),
     Bug(
         "bias scaled otherwise in the backward",

@@ -85,17 +85,17 @@ def traps_for_missing(objects):
     return target
 
 
-def build(root=CUDA, flags=("-O2",), only=None, program=False):
+def build(root=CUDA, flags=("-O2",), only=None, instead=(), program=False):
     """Path of a shared library with the emulated kernels of `root`.
 
-    `only` limits the instantiations to those whose names contain one of its strings. With `program`, of the program
-    that runs a few calls by itself, since sanitizers want a process of their own.
+    `only` limits the instantiations to those whose names contain one of its strings, beside the sources `instead` of the
+    others. With `program`, of the program that runs a few calls by itself, since sanitizers want a process of their own.
     """
     chosen = [s for s in sources(root) if only is None or s.suffix == ".cpp" or any(o in s.name for o in only)]
     main = HERE / ("program.cpp" if program else "driver.cpp")
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda source: compile_one(source, root, flags), [*chosen, main]))
+        objects = list(pool.map(lambda source: compile_one(source, root, flags), [*chosen, *instead, main]))
     if only is not None:
         objects.append(traps_for_missing(objects))
     result = cache() / f"emulated_{digest(flags, [str(o).encode() for o in objects])}.{'out' if program else 'so'}"

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The interface of csrc/cuda/device.cuh on the host. Fragment layouts are those of the PTX manual for ldmatrix and
-// mma.m16n8k16: lane l holds rows l / 4 and columns 2 * (l % 4) of every 8x8 matrix.
+// mma.m16n8k16: lane l holds rows l / 4 and columns 2 * (l % 4) of every 8x8 matrix. The operands of mma.m16n8k8 have 4
+// columns to a word, and lane l column l % 4 of each 4.
 #pragma once
 
 #include <cmath>
@@ -24,7 +25,7 @@ struct Tile {
 };
 inline std::vector<Tile> tiles;  // of this call
 
-enum Operation { kLdmatrix = 1, kLdmatrixTransposed, kMma, kShuffle, kVote, kTranspose };
+enum Operation { kLdmatrix = 1, kLdmatrixTransposed, kMma, kMmaTf32, kShuffle, kVote, kTranspose };
 
 // 0x7fff is the device's NaN.
 inline uint16_t to_bfloat16(float x) {
@@ -105,6 +106,45 @@ void mma_16x8x16(Warp& warp, Unpack unpack) {
   }
 }
 
+// The product of two floats is exact in double; the fused sum is off by less than a double's rounding.
+inline float toward_zero(double exact) {
+  const float nearest = static_cast<float>(exact);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+constexpr uint32_t kBelowTf32 = 0x1fff;  // bits of a float that TF32 does not have
+
+inline float as_float(uint32_t word) {
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+
+// Lower bits are dropped, and the sum is rounded toward zero, as tensor cores do.
+inline void mma_16x8x8_tf32(Warp& warp) {
+  double a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 6; ++i) {
+      if ((warp.in[lane][i] & kBelowTf32) != 0) {
+        note(report.unrounded, "an operand of a TF32 product that is no TF32 number", warp.in[lane][i], lane);
+      }
+      const double x = as_float(warp.in[lane][i] & ~kBelowTf32);
+      (i < 4 ? a[g + 8 * (i & 1)][t + 4 * (i >> 1)] : b[t + 4 * (i - 4)][g]) = x;
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i >> 1), col = lane % 4 * 2 + (i & 1);
+      double sum = warp.in_float[lane][i];
+      for (int k = 0; k < 8; ++k) {
+        sum += a[row][k] * b[k][col];
+      }
+      warp.out_float[lane][i] = toward_zero(sum);
+    }
+  }
+}
+
 }  // namespace emulator
 
 namespace torch_gated_attn::cuda::dev {
@@ -181,6 +221,27 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const 
   std::memcpy(d, mine.out_float[lane], 16);
 }
 
+inline uint32_t as_word(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
+}
+inline float as_float(uint32_t word) { return emulator::as_float(word); }
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  const int lane = thread_index() % 32;
+  emulator::Warp& mine = emulator::block->warps[thread_index() / 32];
+  std::memcpy(mine.in[lane], a, 16);
+  mine.in[lane][4] = b0;
+  mine.in[lane][5] = b1;
+  std::memcpy(mine.in_float[lane], c, 16);
+  emulator::collective(emulator::kMmaTf32, [](emulator::Warp& warp) {
+    ++emulator::report.mma;
+    emulator::mma_16x8x8_tf32(warp);
+  });
+  std::memcpy(d, mine.out_float[lane], 16);
+}
+
 template <DType kType>
 uint32_t pack(float low, float high) {
   const auto convert = kType == DType::kBFloat16 ? emulator::to_bfloat16 : emulator::to_float16;
@@ -202,11 +263,7 @@ inline double log2(double x) { return ::log2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline double reciprocal(double x) { return 1.0 / x; }
 
-// The product of two floats is exact in double; the fused sum is off by less than a double's rounding.
-inline float toward_zero(double exact) {
-  const float nearest = static_cast<float>(exact);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
-}
+using emulator::toward_zero;
 inline float multiply(float x, float y) { return x * y; }
 inline float multiply_toward_zero(float x, float y) { return toward_zero(static_cast<double>(x) * y); }
 inline float fma_toward_zero(float x, float y, float z) { return toward_zero(static_cast<double>(x) * y + z); }

@@ -41,7 +41,7 @@ class Problem(ctypes.Structure):
 
 
 class Report(ctypes.Structure):
-    FINDINGS = ("races", "uninitialised", "out_of_bounds", "misaligned", "divergent", "bank_conflicts")
+    FINDINGS = ("races", "uninitialised", "out_of_bounds", "misaligned", "divergent", "bank_conflicts", "unrounded")
     _fields_ = [(name, ctypes.c_int64) for name in (*FINDINGS, "mma", "ldmatrix", "exp2")]
 
     def findings(self):

@@ -50,6 +50,8 @@ def parse_one(symbol: str) -> Kernel | None:
     access = re.search(r"BiasAccess\)(\d)", arguments)
     numbers = [int(n) for n in re.findall(r"(?<![\w)])(\d+)(?!\w)", arguments)]
     parts = [name.replace("_", " ")]
+    if dtype and DTYPES[int(dtype[1])] == "fp32":
+        parts.append("tf32")
     if access:
         parts.append(ACCESS[int(access[1])])
     if name == "backward_query" and "true" in arguments:

@@ -35,7 +35,8 @@ class Case:
 def make(inputs: Inputs, rows: slice | None, keys: slice | None, low: float) -> Case:
     """The low rows are pushed down by `low`, and so are the low keys of every row."""
     q_len, k_len = inputs.query.shape[-2], inputs.key.shape[-2]
-    low_rows, low_keys = torch.zeros(q_len, dtype=torch.bool), torch.zeros(k_len, dtype=torch.bool)
+    device = inputs.bias.device
+    low_rows, low_keys = (torch.zeros(n, dtype=torch.bool, device=device) for n in (q_len, k_len))
     if rows is not None:
         low_rows[rows] = True
     if keys is not None:
@@ -49,7 +50,7 @@ def make(inputs: Inputs, rows: slice | None, keys: slice | None, low: float) -> 
     bias[..., low_rows, :] = 0
     smallest = torch.finfo(bias.dtype).min
     twice = max(2 * low, smallest)
-    offset = torch.zeros(q_len, k_len, dtype=bias.dtype)
+    offset = torch.zeros(q_len, k_len, dtype=bias.dtype, device=device)
     offset[low_rows] = low
     offset[:, low_keys] = low
     hidden = low_keys.expand(q_len, k_len).clone()
@@ -62,7 +63,7 @@ def make(inputs: Inputs, rows: slice | None, keys: slice | None, low: float) -> 
 
 
 def compare(judge: Judge, label: str, case: Case) -> None:
-    expected = gold(case.inputs)["lse"].to(accumulation(case.inputs.query.dtype))
+    expected = gold(case.inputs)["lse"].to(case.inputs.query.device, accumulation(case.inputs.query.dtype))
 
     def operator(query, key, value, gate, bias, mask, **options):
         out, lse = gated_attention_with_lse(query, key, value, gate, bias + case.offset, mask, **options)

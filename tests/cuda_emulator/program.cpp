@@ -104,6 +104,7 @@ int main() {
       {"shared bias", half, half, 5, 2, 2, 70, 150, 16, true, false, 0.25},
       {"float32 bias", half, full, 3, 2, 1, 33, 65, 8, true, true, -0.5},
       {"general", half, half, 3, 1, 1, 19, 37, 13, true, true, 1.0},
+      {"float32", full, full, 3, 2, 1, 33, 65, 12, true, true, 0.3},
       {"plain", full, full, 2, 2, 1, 19, 37, 13, true, true, 0.3},
   };
   int done = 0;

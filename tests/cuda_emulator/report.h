@@ -17,6 +17,7 @@ struct Report {
   int64_t misaligned = 0;      // an access whose address is no multiple of its width
   int64_t divergent = 0;       // lanes of a warp that meet in different collectives
   int64_t bank_conflicts = 0;  // extra shared memory passes of ldmatrix
+  int64_t unrounded = 0;       // operands of TF32 products that are no TF32 numbers
   int64_t mma = 0, ldmatrix = 0, exp2 = 0;
 };
 

@@ -198,7 +198,7 @@ MUTANTS = [
         28,
         "exp2 not clamped below",
         "cpu/vector_math.h",
-        "x = max(set1<A>(kSmallestExponent<A>), min(set1<A>(kLargestExponent<A>), x));",
+        "x = clamp(x, set1<A>(kSmallestExponent<A>), set1<A>(kLargestExponent<A>));",
         "x = min(set1<A>(kLargestExponent<A>), x);",
     ),
     Mutant(
@@ -370,6 +370,27 @@ MUTANTS = [
         "cpu/few_queries_forward.h",
         "differs_ |= p.is_causal && p.q_len > 1;",
         "differs_ |= p.is_causal && p.q_len > 1 && p.mask.data;",
+    ),
+    Mutant(
+        54,
+        "a few keys: a row's sum lacks the keys of its other half",
+        "cpu/tiny_rows.h",
+        "butterfly<kWidth / 2>(sum,",
+        "butterfly<kWidth / 4>(sum,",
+    ),
+    Mutant(
+        55,
+        "a few keys: a hidden key's value is read",
+        "cpu/tiny_rows.h",
+        "value_[l] = attended ? v : zeros_;",
+        "value_[l] = v;",
+    ),
+    Mutant(
+        56,
+        "a few keys: one key beyond the length",
+        "cpu/tiny_rows.h",
+        "const bool attended = j >= seen.begin && j < seen.end",
+        "const bool attended = j >= seen.begin && j <= seen.end",
     ),
 ]
 

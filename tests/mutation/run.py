@@ -36,6 +36,8 @@ FAST = [
     "test_special.py::test_denormal_arithmetic_of_the_caller_is_left_as_it_was",
     "test_numerics.py::test_head_dims",
     "test_numerics.py::test_heads_and_batch_dimensions",
+    "test_numerics.py::test_a_few_keys_for_one_query",
+    "test_numerics.py::test_a_few_masked_keys_leave_no_trace",
     "test_special.py::test_16_bit_sums_do_not_stop_growing",
     "test_special.py::test_large_logits",
     "test_masks.py::test_additive_masks",
@@ -53,7 +55,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", "-DTORC
 
 
 def objects() -> Path:
-    kept = list(ROOT.glob(f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}-cpu/csrc"))
+    kept = list(ROOT.glob(f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}-cpu-*-release/csrc"))
     if not kept:
         raise SystemExit("no object files: run `TORCH_GATED_ATTN_CUDA=0 python setup.py build_ext --inplace` first")
     return kept[0]

@@ -36,5 +36,6 @@ template void launch_transpose_bias<DType::kBFloat16>(const BackwardParams&, voi
 template void launch_transpose_bias<DType::kFloat16>(const BackwardParams&, void*);
 template void launch_reduce_bias<DType::kBFloat16>(const BackwardParams&, void*);
 template void launch_reduce_bias<DType::kFloat16>(const BackwardParams&, void*);
+template void launch_reduce_bias<DType::kFloat32>(const BackwardParams&, void*);
 
 }  // namespace torch_gated_attn::cuda
