@@ -98,7 +98,7 @@ def test_every_kernel(ptx, kind):
     judge.verdict()
     compiled = {k for k in ptx.variants(90) if k.dtype == DTYPES[kind[0]] and k.head_dim in (0, kind[1])}
     compiled = {k for k in compiled if not k.variant.startswith(("plain", "copy"))}
-    assert len(compiled) > 15
+    assert len(compiled) >= 10
     assert compiled <= harness.LAUNCHED, sorted(compiled - harness.LAUNCHED)
 
 

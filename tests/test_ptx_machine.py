@@ -145,6 +145,14 @@ def test_copies_arrive_at_their_wait(length, expected):
     ).all()
 
 
+def test_parameters_by_an_address_that_differs():
+    pick = "mov.b64 %rd6, kernel_param_0; and.b32 %r7, %r1, 1; mul.wide.u32 %rd7, %r7, 8; add.s64 %rd6, %rd6, %rd7;"
+    result = run(pick + "ld.param.u64 %rd8, [%rd6]; setp.eq.s64 %p1, %rd8, %rd1; selp.b32 %r6, 1, 2, %p1;")[0]
+    assert (result.reshape(-1, 2) == (1, 2)).all()
+    with pytest.raises(Finding, match="parameters out of bounds"):
+        run(pick + "ld.param.u64 %rd8, [%rd6+8]; mov.b32 %r6, 0;")
+
+
 def test_loops_and_branches_that_part():
     """Sums of 0 .. thread by a loop that every thread leaves at another time; then odd threads go another way."""
     body = """mov.b32 %r6, 0; mov.b32 %r7, 0;

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from .faults import Fault
 from .memory import RAW
 from .operands import TYPES, Run, address, opcode, reader, vector, writer
 from .parser import Instruction, Kernel, Unsupported
@@ -26,14 +27,18 @@ def load_parameter(kernel: Kernel, instruction: Instruction, found: re.Match) ->
     names, kind, at = counted(instruction.operands[0], found[1]), TYPES[found[2]], address(kernel, instruction.operands[1])
     writers = [writer(kernel, name) for name in names]
 
+    size = kind.itemsize * len(writers)
+
     def run(machine, active) -> None:
-        where = machine.active_addresses(at, active)[1]
-        first = where[0]
-        if (where != first).any():
-            raise Unsupported("threads that look at different parameters")
-        values = machine.parameters[first : first + kind.itemsize * len(writers)].view(kind)
-        for write, value in zip(writers, values, strict=True):
-            write(machine, value, active)
+        threads, where = machine.active_addresses(at, active)
+        if (bad := (where < 0) | (where > len(machine.parameters) - size) | (where % size != 0)).any():
+            raise Fault(
+                f"a read of parameters out of bounds or misaligned, {size} bytes at {where[bad][0]}", threads[bad][0]
+            )
+        same = bool((where == where[0]).all())
+        values = machine.parameters[(where[:1] if same else where)[:, None] + np.arange(size)].view(kind)
+        for i, write in enumerate(writers):
+            write(machine, values[0, i] if same else machine.spread(values[:, i], threads, active), active)
 
     return run
 

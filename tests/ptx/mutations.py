@@ -70,7 +70,7 @@ MUTATIONS = [
     Mutation("halves of a pair", FORWARD, "cvt.rn.bf16x2.f32 $d, $a, $b;", "cvt.rn.bf16x2.f32 $d, $b, $a;"),
     Mutation("sign of an exponent", FORWARD, "sub.f32 $d, $a, $b;", "sub.f32 $d, $b, $a;", after=PRODUCT),
     Mutation("predicate of a branch", FORWARD, "@$p bra", "@!$p bra", after=PRODUCT),
-    Mutation("comparison with its equal, rows", FORWARD, "setp.ge.s64", "setp.gt.s64", number=-1),
+    Mutation("comparison with its equal, rows", QUERY, "setp.ge.s64", "setp.gt.s64", number=-1),
     Mutation("comparison with its equal, keys", KEY, LEAVES, LEAVES.replace("ge", "gt", 1), number=-2),
     Mutation("reordered bias", "transpose bias, half bias", "v4.u32 [$t], {$a, $b,", "v4.u32 [$t], {$b, $a,", head_dim=0),
 ]
