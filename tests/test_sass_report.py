@@ -154,7 +154,7 @@ def test_budgets(modules):
         for name, strip in (("backward_query", True), ("backward_key", False))
     ]
     assert report.broken_budgets(pair) == [
-        "backward D=32 half: 23.00 issue slots per element, at most 22.0",
+        "backward D=32 half: 23.00 issue slots per element, at most 22.1",
         "backward at 512^3, half bias: 695 us, at most 600",
     ]
 
