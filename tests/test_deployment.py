@@ -77,7 +77,7 @@ def expected_of_train(module: GatedAttention, q_data: Tensor, bias: Tensor, mask
     (expected["d_query"],) = torch.autograd.grad(expected["out"].sum() + expected["lse"].sum(), query)
     no_keys = torch.zeros(1, dtype=torch.bool)
     expected["mean_rows"] = gated_attention(query, query, query, mask=no_keys, scale=1.0, masked_rows="mean")
-    lengths = torch.tensor([4])
+    lengths = torch.full(query.shape[:1], 4)
     expected["causal"] = gated_attention(query, query, query, is_causal=True, window=2, key_lengths=lengths)
     return {name: value.detach() for name, value in expected.items()}
 

