@@ -206,19 +206,32 @@ inline uint32_t transpose_matrix(uint32_t fragment) {
   return mine.out[lane][0];
 }
 
-template <DType kType>
-void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+// Every lane hands its operands over, and takes its sums from the one `product` of the warp.
+template <class Product>
+void warp_product(int operation, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4],
+                  Product product) {
   const int lane = thread_index() % 32;
   emulator::Warp& mine = emulator::block->warps[thread_index() / 32];
   std::memcpy(mine.in[lane], a, 16);
   mine.in[lane][4] = b0;
   mine.in[lane][5] = b1;
   std::memcpy(mine.in_float[lane], c, 16);
-  emulator::collective(emulator::kMma, [](emulator::Warp& warp) {
+  emulator::collective(operation, [product](emulator::Warp& warp) {
     ++emulator::report.mma;
-    emulator::mma_16x8x16(warp, kType == DType::kBFloat16 ? emulator::from_bfloat16 : emulator::from_float16);
+    product(warp);
   });
   std::memcpy(d, mine.out_float[lane], 16);
+}
+
+template <DType kType>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  warp_product(emulator::kMma, d, a, b0, b1, c, [](emulator::Warp& warp) {
+    emulator::mma_16x8x16(warp, kType == DType::kBFloat16 ? emulator::from_bfloat16 : emulator::from_float16);
+  });
+}
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  warp_product(emulator::kMmaTf32, d, a, b0, b1, c, [](emulator::Warp& warp) { emulator::mma_16x8x8_tf32(warp); });
 }
 
 inline uint32_t as_word(float x) {
@@ -227,20 +240,6 @@ inline uint32_t as_word(float x) {
   return word;
 }
 inline float as_float(uint32_t word) { return emulator::as_float(word); }
-
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-  const int lane = thread_index() % 32;
-  emulator::Warp& mine = emulator::block->warps[thread_index() / 32];
-  std::memcpy(mine.in[lane], a, 16);
-  mine.in[lane][4] = b0;
-  mine.in[lane][5] = b1;
-  std::memcpy(mine.in_float[lane], c, 16);
-  emulator::collective(emulator::kMmaTf32, [](emulator::Warp& warp) {
-    ++emulator::report.mma;
-    emulator::mma_16x8x8_tf32(warp);
-  });
-  std::memcpy(d, mine.out_float[lane], 16);
-}
 
 template <DType kType>
 uint32_t pack(float low, float high) {
